@@ -1,0 +1,35 @@
+# Every target sets up .venv by itself, with pip, from pyproject.toml.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test bench gpu lint train clean
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/zipvl demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q tests -m gpu
+
+train: $(STAMP)
+	$(BIN)/python -m zipvl_compile.tiny_lvlm.train --out zipvl_compile/tiny_lvlm/checkpoint
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy zipvl_compile
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

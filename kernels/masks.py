@@ -1,0 +1,47 @@
+"""What an attention mask says: which keys a query sees, and the part of it over chosen rows and columns.
+
+A mask is bool (True = visible) or an additive float, `[B or 1, H or 1, queries, keys]`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Return where `mask` lets a query see a key, as bool of the same shape.
+
+    An additive mask hides with -inf or with the most negative value of its dtype; biases such as ALiBi are
+    far smaller, so half of that value separates the two.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def causal(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return which `columns [..., n]` the query positions `rows [..., m]` see causally: bool `[..., m, n]`."""
+    return columns.unsqueeze(-2) <= rows.unsqueeze(-1)
+
+
+def take(mask: torch.Tensor, batch: int, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+    """Gather mask rows and columns by positions.
+
+    Args:
+        mask: `[B or 1, H or 1, queries, keys]`.
+        batch: B.
+        rows: int64 `[B, H', m]` query positions, or None for all. `H'` is 1 or the number of heads.
+        columns: int64 `[B, H', P]` key positions, or None for all.
+
+    Returns:
+        `[B, max(H, H'), m, P]`, same dtype as `mask`.
+    """
+    heads = max(mask.shape[1], *(p.shape[1] for p in (rows, columns) if p is not None))
+    mask = mask.expand(batch, heads, -1, -1)
+    if rows is not None:
+        index = rows.expand(-1, heads, -1).unsqueeze(3)  # [B, H, m, 1]
+        mask = mask.gather(2, index.expand(-1, -1, -1, mask.shape[3]))
+    if columns is not None:
+        index = columns.expand(-1, heads, -1).unsqueeze(2)  # [B, H, 1, P]
+        mask = mask.gather(3, index.expand(-1, -1, mask.shape[2], -1))
+    return mask

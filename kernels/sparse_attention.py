@@ -1,0 +1,118 @@
+"""Prefill attention among the kept tokens only.
+
+    o[b, h, T_i] = softmax(scale * q[T_i] . K[T]^T + mask[T_i, T]) V[T]      kept queries
+    o[b, h, i]   = 0                                                        for i not in T   (queries="selected")
+
+T is ascending, so a causal mask over kept tokens is again a plain causal mask and the work is dense attention
+over p tokens. With `all_queries`, every query attends to the kept keys that it may see.
+
+Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
+from zipvl_compile.kernels.masks import causal, take, visible
+
+
+def _empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Allocate `[B, Hq, n, Dv]` laid out token-major, as the models read it next: `transpose(1, 2)` is free."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("zipvl::sparse_attention", mutates_args=())
+def _sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    all_queries: bool,
+) -> torch.Tensor:
+    batch, heads, n, _ = q.shape
+    check_positions("sparse_attention", positions, batch, k.shape[1])
+    p = positions.shape[2]
+    if k.shape[2] < p or v.shape[2] < p:
+        fail("sparse_attention", "k, v", f"at least {p} kept tokens", k.shape[2], "Gather them with these positions.")
+    k, v = k[:, :, :p], v[:, :, :p]
+    check_attention_inputs("sparse_attention", q, k, v)
+    check_mask("sparse_attention", mask, q, n)
+    out = _empty_output(q, v)
+    if out.numel() == 0:
+        return out
+    # One group serves all heads unless each KV head keeps its own tokens.
+    where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
+    gqa = heads != k.shape[1]
+    if all_queries:
+        bias = None if mask is None else take(mask, batch, None, where)
+        if is_causal:
+            shown = causal(torch.arange(n, device=q.device), where)  # [B, 1 or Hq, n, P]
+            bias = shown if bias is None else _hide(bias, shown)
+        out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa))
+        if bias is not None:  # a query that sees no kept key gets no attention output
+            out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
+        return out
+
+    index = where.expand(-1, heads, -1).unsqueeze(3)  # [B, Hq, P, 1]
+    kept_q = q if p == n else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
+    bias = mask
+    if mask is not None and p < n:
+        bias = take(mask, batch, where, where)
+    if bias is not None and is_causal:
+        bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
+    kept = F.scaled_dot_product_attention(
+        kept_q, k, v, attn_mask=bias, is_causal=is_causal and bias is None, scale=scale, enable_gqa=gqa
+    )  # [B, Hq, P, Dv]
+    if p == n:
+        return out.copy_(kept)
+    out.zero_()
+    return out.scatter_(2, index.expand(-1, -1, -1, v.shape[3]), kept)
+
+
+def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Return `mask` with everything outside `shown` hidden, in the form that `mask` has."""
+    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
+
+
+@_sparse_attention.register_fake
+def _(q, k, v, positions, mask, is_causal, scale, all_queries):
+    return _empty_output(q, v)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    all_queries: bool = False,
+) -> torch.Tensor:
+    """Attend among the kept tokens and write the results to their rows.
+
+    Args:
+        q: queries of every token `[B, Hq, n, D]`.
+        k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`; only the first `P` rows are read.
+        positions: int64 `[B, G, P]`, ascending, where the kept tokens stand in the prompt.
+        mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n, n]`.
+        is_causal: hide later tokens, in addition to `mask`.
+        scale: of the scores; None is `D ** -0.5`.
+        all_queries: give every query, not only the kept ones, its attention output.
+
+    Returns:
+        `[B, Hq, n, Dv]`, token-major in memory; zero rows for tokens without attention output.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+
+    Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, all_queries)

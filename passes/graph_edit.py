@@ -1,0 +1,86 @@
+"""Small, safe edits of the torch-level graph that Dynamo hands to a backend.
+
+The graph is not functional: it holds in-place calls whose results nobody reads. So nothing here, and nothing in any
+pass, removes "dead" code in general; a rewrite erases only the nodes that it orphaned itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+
+def example(node: Any) -> Any:
+    """Return the fake value that Dynamo recorded for `node` (constants stand for themselves)."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def propagate(node: Node) -> None:
+    """Set `node`'s fake value, and the unbacked symbols it introduces, from those of its arguments."""
+    args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
+    # Not detect_fake_mode: while a backend runs, it returns a mode other than that of the recorded values.
+    fakes = tree_leaves([example(a) for a in node.all_input_nodes])
+    fake_mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+    if fake_mode is None:  # a graph without fake values, such as one written by hand in a test
+        return
+    with fake_mode:
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta["example_value"] = value
+    bindings = compute_unbacked_bindings(fake_mode.shape_env, value)
+    if bindings:
+        node.meta["unbacked_bindings"] = bindings
+
+
+def insert_call(before: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+    """Insert `target(*args)` before a node, with its fake value and the source information of that node."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    propagate(node)
+    return node
+
+
+def is_call(node: Any, target: Callable[..., Any]) -> bool:
+    """Return whether `node` calls `target`; an operator counts with and without its overload name."""
+    if not (isinstance(node, Node) and node.op == "call_function"):
+        return False
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet is getattr(target, "overloadpacket", target)
+
+
+def calls(graph: Graph, target: Callable[..., Any]) -> list[Node]:
+    """Return the nodes that call `target`, in order."""
+    return [node for node in graph.nodes if is_call(node, target)]
+
+
+def erase_orphans(nodes: Iterable[Any]) -> None:
+    """Erase the given nodes, and what only they used, as far as nobody reads them.
+
+    Call it with nodes whose only readers a rewrite removed. Placeholders stay, and so does every in-place call: a
+    chain ends at the first node that is not a plain view or arithmetic of one result.
+    """
+    todo = [node for node in nodes if isinstance(node, Node)]
+    while todo:
+        node = todo.pop()
+        if node.users or node.op not in ("call_function", "call_method") or node._erased or _writes(node):
+            continue
+        inputs = list(node.all_input_nodes)
+        node.graph.erase_node(node)
+        todo.extend(inputs)
+
+
+def _writes(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return True
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))

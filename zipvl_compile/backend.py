@@ -1,0 +1,115 @@
+"""The backend: options in, rewritten graph compiled, callable out.
+
+`torch.compile(model, backend="zipvl")` finds `zipvl` through the `torch_dynamo_backends` entry point. Loading this
+module also registers the KV cache layer with transformers, before the model makes its first cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule
+
+from zipvl_compile import kv_cache as _kv_cache  # noqa: F401  (registers the cache layer)
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.passes.graph_edit import is_call
+from zipvl_compile.pipeline import rewrite
+from zipvl_compile.report import record
+from zipvl_compile.tracing import gradients_matter
+
+#: Decorators of transformers share one code object, and every prompt shape counts against its limit. PyTorch's 8 are
+#: soon used up, and everything after that would silently run in eager mode.
+RECOMPILE_LIMIT = 64
+
+
+def zipvl(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with sparse prefill and a compacted KV cache.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        example_inputs: its fake inputs.
+        options: see `ZipVLOptions`.
+        mode: of Inductor.
+
+    Returns:
+        A callable with the calling convention of `gm`.
+
+    Raises:
+        OptionError: (a ValueError) an unknown option or a bad value.
+    """
+    parsed = ZipVLOptions.parse(options, mode)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    if gradients_matter():
+        record([], gm.graph, training=True)
+        return _compile(gm, example_inputs, parsed)
+    _allow_data_dependent_sizes(gm)
+    record(rewrite(gm.graph, parsed), gm.graph)
+    _run_without_gradients(gm)
+    cached = _cache_outputs(gm)
+    with torch.no_grad():
+        compiled = _compile(gm, example_inputs, parsed)
+
+    def run(*inputs: Any) -> Any:
+        with torch.no_grad():
+            outputs = compiled(*inputs)
+        for index in cached:
+            torch._dynamo.maybe_mark_dynamic(outputs[index], 2)
+        return outputs
+
+    return run
+
+
+def _run_without_gradients(gm: GraphModule) -> None:
+    """Erase the graph's own switches of gradient mode, such as the end of a `torch.no_grad()` in a rotary embedding.
+
+    The whole graph runs under `no_grad`; a switch back on would have the inner compiler trace a backward.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _cache_outputs(gm: GraphModule) -> list[int]:
+    """Return which outputs of a prefill graph are cache buffers and positions.
+
+    How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
+    once more for every layer that happened to keep equally many tokens twice.
+    """
+    kinds = (torch.ops.zipvl.gather_tokens, torch.ops.zipvl.select_tokens, torch.ops.zipvl.token_positions)
+    outputs = gm.graph.output_node().args[0]
+    return [i for i, node in enumerate(outputs) if any(is_call(node, kind) for kind in kinds)]  # type: ignore
+
+
+def _compile(gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions) -> Callable[..., Any]:
+    """Hand the rewritten graph to the inner compiler."""
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = None if options.mode is None else list_mode_options(options.mode)
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _allow_data_dependent_sizes(gm: GraphModule) -> None:
+    """Let operators of this graph return sizes that depend on data (the number of kept tokens).
+
+    Only the ShapeEnv of this graph is changed. The global Dynamo flag for it makes Qwen2.5-VL fail to trace.
+    """
+    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
+    if fake_mode is not None and fake_mode.shape_env is not None:
+        env = fake_mode.shape_env
+        env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True, allow_scalar_outputs=True)

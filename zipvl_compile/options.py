@@ -1,0 +1,144 @@
+"""The options of the backend: names, defaults, checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch._dynamo.exc import ShortenTraceback
+
+#: Prompts shorter than this many tokens stay dense: measuring and gathering cost more than the attention they save.
+DEFAULT_MIN_TOKENS = 512
+
+
+# Dynamo wraps whatever a backend raises in BackendCompilerFailed, but for its own short-traceback errors; with both
+# bases a bad option reaches the user as the ValueError that it is.
+class OptionError(ShortenTraceback, ValueError):
+    """An option of the zipvl backend that does not exist or has a bad value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+def _fraction(value: Any) -> bool:
+    return _number(value) and 0 < value <= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _one_of(*names: str) -> Callable[[Any], bool]:
+    return lambda value: value in names
+
+
+@dataclass(frozen=True)
+class ZipVLOptions:
+    """What `options=` of `torch.compile(model, backend="zipvl", options={...})` may hold.
+
+    Attributes:
+        tau: fraction of the accumulated attention score that a layer keeps, in (0, 1]; 1.0 keeps every token.
+        keep_ratio: fixed fraction of tokens to keep instead of `tau`, in (0, 1].
+        recent_probes: newest rows that measure attention (tokens).
+        random_probes: rows drawn from the rest (tokens).
+        seed: of that draw.
+        keep_recent: newest tokens that are always kept.
+        queries: "selected" gives attention output to kept tokens only (the paper), "all" to every token.
+        groups: "layer" selects once per layer (the paper); "kv_head" is not available yet.
+        evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
+        min_tokens: shorter prompts stay dense (tokens).
+        inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+        kernel: implementation of the operators: "auto" or "torch"; "triton" is not available yet.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`.
+
+    Source: ZipVL (arXiv 2410.08584) for the defaults of `tau` and of the probes.
+    """
+
+    tau: float = 0.975
+    keep_ratio: float | None = None
+    recent_probes: int = 64
+    random_probes: int = 64
+    seed: int = 0
+    keep_recent: int = 1
+    queries: str = "selected"
+    groups: str = "layer"
+    evict: str = "drop"
+    min_tokens: int = DEFAULT_MIN_TOKENS
+    inner: str = "inductor"
+    kernel: str = "auto"
+    mode: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> ZipVLOptions:
+        """Check user options.
+
+        Args:
+            options: what the user passed as `options=`, or None.
+            mode: what the user passed as `mode=`, or None.
+
+        Raises:
+            OptionError: (a ValueError) names the option, what was expected, what came, and what to do.
+        """
+        given = dict(options or {})
+        if mode is not None:
+            given["mode"] = mode
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name, value in given.items():
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
+                raise OptionError(f"zipvl option {name!r}: expected one of {', '.join(names)}, got {name!r}. {hint}")
+            holds, expected, remedy = _CHECKS[name]
+            if not holds(value):
+                raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
+        parsed = cls(**given)
+        if parsed.recent_probes + parsed.random_probes < 1:
+            raise OptionError(
+                "zipvl options 'recent_probes' and 'random_probes': expected at least one probe row together, got 0. "
+                "Leave one of them at 64."
+            )
+        return parsed
+
+
+def _modes() -> list[str]:
+    from torch._inductor import list_mode_options
+
+    return sorted(list_mode_options())
+
+
+def _is_mode(value: Any) -> bool:
+    return value is None or value in _modes()
+
+
+_NOT_YET = "It is not available yet; leave the option out."
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "tau": (_fraction, "a fraction in (0, 1]", "Use 1.0 to keep every token, 0.975 for the paper's setting."),
+    "keep_ratio": (
+        lambda value: value is None or _fraction(value),
+        "None or a fraction in (0, 1]",
+        "Use None to let tau decide.",
+    ),
+    "recent_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
+    "random_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
+    "seed": (_count(0), "an integer of at least 0", "Use 0."),
+    "keep_recent": (_count(1), "an integer of at least 1", "The newest token must be kept; use 1."),
+    "queries": (_one_of("selected", "all"), '"selected" or "all"', 'Use "selected" for the paper\'s method.'),
+    "groups": (_one_of("layer"), '"layer"', 'A selection per "kv_head": ' + _NOT_YET.lower()),
+    "evict": (_one_of("drop", "keep"), '"drop" or "keep"', 'Use "keep" for a full KV cache.'),
+    "min_tokens": (_count(0), "an integer of at least 0", "Use 0 to rewrite prompts of every length."),
+    "inner": (
+        _one_of("inductor", "aot_eager", "eager"),
+        '"inductor", "aot_eager" or "eager"',
+        'Use "inductor" for speed.',
+    ),
+    "kernel": (_one_of("auto", "torch"), '"auto" or "torch"', 'Kernels in "triton": ' + _NOT_YET.lower()),
+    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", or see torch._inductor.list_mode_options().'),
+}

@@ -1,0 +1,31 @@
+"""The passes, in order."""
+
+from __future__ import annotations
+
+from torch.fx import Graph
+
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.passes import leave_dense, read_compact_cache, sparsify_prefill
+from zipvl_compile.passes.pass_report import PassReport
+
+
+def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
+    """Run the passes over a Dynamo graph, in place; return what each did."""
+    reports = [
+        sparsify_prefill.apply(
+            graph,
+            min_tokens=options.min_tokens,
+            tau=options.tau,
+            keep_ratio=options.keep_ratio,
+            recent=options.recent_probes,
+            random=options.random_probes,
+            seed=options.seed,
+            keep_recent=options.keep_recent,
+            all_queries=options.queries == "all",
+            drop=options.evict == "drop",
+        ),
+        read_compact_cache.apply(graph),
+    ]
+    reports.append(leave_dense.apply(graph, already=reports))
+    graph.lint()
+    return reports
