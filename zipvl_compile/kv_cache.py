@@ -189,8 +189,8 @@ class CompactLayer(DynamicLayer):
         """Remove the newest `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: a positive number, more tokens than there are, or a cut through a compacted prompt that leaves
-                the samples of a batch with different numbers of kept tokens; the layer is unchanged then.
+            ValueError: a positive number, more tokens than there are, or a cut through the compacted prompt of a batch
+                of several samples; the layer is unchanged then.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -207,15 +207,15 @@ class CompactLayer(DynamicLayer):
         if self.kept is None:
             self.key_buffer, self.value_buffer = self.key_buffer[:, :, :n], self.value_buffer[:, :, :n]
         elif n < self.prompt_length:
-            counts = (self.kept < n).sum(-1)
-            p = int(counts.min())
-            if p != int(counts.max()):
+            # Samples keep different tokens, and a cache is cropped layer by layer: refuse before the first is changed.
+            if self.kept.shape[0] > 1:
                 raise ValueError(
-                    f"crop: expected a cut that leaves every sample the same number of kept tokens, got {n} of "
-                    f"{self.prompt_length} prompt tokens, which leaves {p} to {int(counts.max())}. Crop samples one "
-                    "by one, or compile with options={'evict': 'keep'}."
+                    f"crop: expected a cut after the {self.prompt_length} compacted prompt tokens of a batch of "
+                    f"{self.kept.shape[0]}, got one at {n}. Crop less, crop samples one by one "
+                    "(batch_select_indices), or run the prompt again."
                 )
-            self.kept, self.prompt_length = self.kept[:, :, :p], n
+            self.kept = self.kept[:, :, : int((self.kept < n).sum())]
+            self.prompt_length = n
         self.cumulative_length = n
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from zipvl_compile.kernels.kv_view import UNREADABLE
 
@@ -46,24 +47,18 @@ def _generating() -> torch.nn.Module | None:
 
 
 def _wrapped_for_zipvl(model: torch.nn.Module) -> bool:
-    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+    """Return whether some `torch.compile(model, backend="zipvl")` wraps the module.
 
+    Nothing leads from a module to its wrapper, so this looks through the live objects, once per model.
+    """
     from zipvl_compile.backend import zipvl
 
-    # The wrapper holds the module in its `_modules` dictionary; nothing leads from the module to the wrapper.
-    for owner in gc.get_referrers(model):
-        if not (isinstance(owner, dict) and owner.get("_orig_mod") is model):
-            continue
-        for wrapper in gc.get_referrers(owner):
-            wrapper = wrapper if isinstance(wrapper, OptimizedModule) else None
-            callback = getattr(getattr(wrapper, "dynamo_ctx", None), "callback", None)
-            while callback is not None and not callable(getattr(callback, "compiler_fn", None)):
-                callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(
-                    callback, "_torchdynamo_orig_callable", None
-                )
-            if callback is not None and getattr(innermost_backend(callback), "compiler_fn", None) is zipvl:
-                return True
-    return False
+    return any(
+        type(wrapper) is OptimizedModule
+        and wrapper._orig_mod is model
+        and getattr(innermost_backend(wrapper.dynamo_ctx.callback), "compiler_fn", None) is zipvl
+        for wrapper in gc.get_objects()
+    )
 
 
 class _PhysicalKeys(torch.Tensor):
