@@ -37,7 +37,9 @@ def _build() -> LlavaForConditionalGeneration:
         vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1,
         vision_feature_select_strategy="default", image_seq_length=IMAGE_TOKENS,
     )  # fmt: skip
-    built = LlavaForConditionalGeneration(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = LlavaForConditionalGeneration(config).eval()
     built.generation_config.eos_token_id = None  # generate to the full length
     built.generation_config.pad_token_id = PAD
     return built

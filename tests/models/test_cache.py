@@ -243,7 +243,7 @@ def test_sampling_repeats_with_a_seed_and_equals_eager_at_tau_1():
 
 def test_beam_search_at_tau_1_equals_eager():
     x = inputs(text=12)
-    args = dict(max_new_tokens=6, num_beams=3, do_sample=False)
+    args = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(shared(tau=1.0).generate(**x, **args), model().generate(**x, **args))
 
 

@@ -1,7 +1,7 @@
 """A whole compiled LLaVA in float64 against an independent Llama with the paper's attention, layer by layer.
 
-Path one: Dynamo, the passes, the operators. Path two: `reference/paper.py`, written from the formulas in NumPy, inside a
-Llama layer spelled out below. They share the model's weights and the draw of the probe rows.
+Path one: Dynamo, the passes, the operators. Path two: `reference/paper.py`, written from the formulas in NumPy, in a
+Llama layer spelled out below. They share the weights of the model and the draw of the probe rows.
 """
 
 from __future__ import annotations
