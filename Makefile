@@ -21,8 +21,11 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -q tests -m gpu
+# A GPU machine brings its own torch: this uses its Python, and installs nothing but this package.
+gpu:
+	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
+	$(PYTHON) -m pytest -q tests/gpu
+	$(PYTHON) -m pytest -q benchmarks --benchmark-only -s
 
 train: $(STAMP)
 	$(BIN)/python -m zipvl_compile.tiny_lvlm.train --out zipvl_compile/tiny_lvlm/checkpoint

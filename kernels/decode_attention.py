@@ -34,7 +34,14 @@ def cached_positions(positions: torch.Tensor, prompt: int, n: int) -> torch.Tens
 
 @torch.library.custom_op("zipvl::append_tokens", mutates_args=("keys", "values"))
 def _append_tokens(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
+    for name, buffer, new in (("k", keys, k), ("v", values, v)):
+        expected = (*buffer.shape[:2], k.shape[2], buffer.shape[3])
+        if tuple(new.shape) != expected or new.dtype != buffer.dtype:
+            got = f"{new.dtype} {list(new.shape)}"
+            fail("append_tokens", name, f"{buffer.dtype} {list(expected)}, like the buffer", got, "Check the cache.")
     end = at + k.shape[2]
+    if at < 0:
+        fail("append_tokens", "at", "a row of the buffer", at, "Count the cached tokens.")
     if end > keys.shape[2] or end > values.shape[2]:
         fail("append_tokens", "at", f"room for {end} tokens", keys.shape[2], "Grow the buffer first.")
     keys[:, :, at:end].copy_(k)
@@ -69,7 +76,7 @@ def _decode_attention(
     prompt: int,
     n: int,
     mask: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
 ) -> torch.Tensor:
     batch, heads, m, _ = q.shape
     kv_heads = keys.shape[1]
@@ -133,5 +140,4 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale)

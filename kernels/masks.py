@@ -36,7 +36,7 @@ def take(mask: torch.Tensor, batch: int, rows: torch.Tensor | None, columns: tor
     Returns:
         `[B, max(H, H'), m, P]`, same dtype as `mask`.
     """
-    heads = max(mask.shape[1], *(p.shape[1] for p in (rows, columns) if p is not None))
+    heads = max([mask.shape[1], *(p.shape[1] for p in (rows, columns) if p is not None)])
     mask = mask.expand(batch, heads, -1, -1)
     if rows is not None:
         index = rows.expand(-1, heads, -1).unsqueeze(3)  # [B, H, m, 1]

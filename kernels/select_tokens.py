@@ -18,10 +18,11 @@ import torch
 from zipvl_compile.kernels.checks import fail
 
 
-def kept_count(n, keep_ratio: float):
-    """Return `ceil(keep_ratio * n)`, in integer arithmetic so that `n` may be a symbolic size (tokens)."""
-    ratio = Fraction(keep_ratio).limit_denominator(1_000_000)
-    return (n * ratio.numerator + ratio.denominator - 1) // ratio.denominator
+def kept_count(n, keep_ratio: float, keep_recent: int):
+    """Return `ceil(keep_ratio * n)`, from `keep_recent` to `n`; `n` may be a symbolic size (tokens)."""
+    ratio = Fraction(keep_ratio).limit_denominator(1_000_000)  # integer arithmetic: symbolic sizes have no ceil
+    count = (n * ratio.numerator + ratio.denominator - 1) // ratio.denominator
+    return torch.sym_min(torch.sym_max(count, keep_recent), n)
 
 
 def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> int:
@@ -48,7 +49,7 @@ def _select_tokens(
         )  # fmt: skip
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
-        p = kept_count(n, keep_ratio)
+        p = kept_count(n, keep_ratio, keep_recent)
     elif tau >= 1.0:
         p = n
     else:
@@ -69,7 +70,7 @@ def _select_tokens(
 def _(accumulated, visible, tau, keep_ratio, keep_recent):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
-        p = kept_count(n, keep_ratio)
+        p = kept_count(n, keep_ratio, keep_recent)
     elif tau >= 1.0:
         p = n
     else:

@@ -31,14 +31,15 @@ def _sparse_attention(
     positions: torch.Tensor,
     mask: torch.Tensor | None,
     is_causal: bool,
-    scale: float,
+    scale: float | None,
     all_queries: bool,
 ) -> torch.Tensor:
     batch, heads, n, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
-    if k.shape[2] < p or v.shape[2] < p:
-        fail("sparse_attention", "k, v", f"at least {p} kept tokens", k.shape[2], "Gather them with these positions.")
+    rows = min(k.shape[2], v.shape[2])
+    if rows < p:
+        fail("sparse_attention", "k, v", f"at least {p} kept tokens", rows, "Gather them with these positions.")
     k, v = k[:, :, :p], v[:, :, :p]
     check_attention_inputs("sparse_attention", q, k, v)
     check_mask("sparse_attention", mask, q, n)
@@ -48,7 +49,7 @@ def _sparse_attention(
     # One group serves all heads unless each KV head keeps its own tokens.
     where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
     gqa = heads != k.shape[1]
-    if all_queries:
+    if all_queries and p < n:  # where every token is kept, this is the dense attention below
         bias = None if mask is None else take(mask, batch, None, where)
         if is_causal:
             shown = causal(torch.arange(n, device=q.device), where)  # [B, 1 or Hq, n, P]
@@ -114,5 +115,4 @@ def sparse_attention(
 
     Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, all_queries)

@@ -47,7 +47,7 @@ def _token_scores(
     k: torch.Tensor,
     mask: torch.Tensor | None,
     is_causal: bool,
-    scale: float,
+    scale: float | None,
     recent: int,
     random: int,
     seed: int,
@@ -61,6 +61,7 @@ def _token_scores(
         fail("token_scores", "k", f"{n} tokens, like q", k.shape[2], "Only a prefill of a whole prompt is scored.")
     if kv_heads % groups != 0:
         fail("token_scores", "groups", f"a divisor of {kv_heads} KV heads", groups, "Use 1 or the KV head count.")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
     seen = torch.zeros(batch, n, dtype=dtype, device=q.device)
@@ -139,5 +140,4 @@ def token_scores(
 
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, recent, random, seed, groups)

@@ -10,7 +10,7 @@ Dynamo graphs hold the call in two GQA forms, which `find` reads as one:
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class AttentionSite:
     """One attention: its node and its inputs, heads not repeated.
 
     `query [B, Hq, m, D]`, `key [B, Hkv, n, D]`, `value [B, Hkv, n, Dv]`; `mask` is None or
-    `[B or 1, Hq or 1, m, n]`; `repeated` holds the nodes that repeated K and V, for clean-up.
+    `[B or 1, Hq or 1, m, n]`; `scale` None is `D ** -0.5`. `inputs` are K and V as the call reads them, which differ
+    from `key` and `value` where their heads are repeated.
     """
 
     node: Node
@@ -38,9 +39,13 @@ class AttentionSite:
     value: Node
     mask: Node | None
     is_causal: bool
-    scale: float
+    scale: float | None
     dropout: float
-    repeated: tuple[Node, ...]
+    inputs: tuple[Node, Node]
+
+    def as_read(self) -> AttentionSite:
+        """Return the site with K and V as the call reads them, heads repeated: for caches that hold them so."""
+        return replace(self, key=self.inputs[0], value=self.inputs[1])
 
     @property
     def name(self) -> str:
@@ -49,12 +54,13 @@ class AttentionSite:
 
 
 def module_path(node: Node) -> str:
-    """Return the innermost module path of `node`, such as `model.language_model.layers.0.self_attn`."""
+    """Return the innermost module path of `node`, such as `language_model.layers.0.self_attn`."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return f"({node.name})"
     path = next(reversed(stack.values()))[0]
-    for prefix in ("L['self'].", "L['self']", "L['fn'].", "L['fn']"):
+    # A frame after a graph break starts at an inner module: `model.` comes and goes.
+    for prefix in ("L['self'].", "L['self']", "L['fn'].", "L['fn']", "model."):
         path = path.removeprefix(prefix)
     return path.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
 
@@ -70,25 +76,23 @@ def _read(node: Node) -> AttentionSite | None:
     shapes = [example(x) for x in (query, key, value)]
     if any(not isinstance(x, torch.Tensor) or x.dim() != 4 for x in shapes):
         return None
-    scale = given.get("scale")
-    bare_key, bare_value = without_head_repeat(key), without_head_repeat(value)
     return AttentionSite(
         node=node,
         query=query,
-        key=bare_key,
-        value=bare_value,
+        key=without_head_repeat(key),
+        value=without_head_repeat(value),
         mask=given.get("attn_mask"),
         is_causal=bool(given.get("is_causal", False)),
-        scale=shapes[0].shape[-1] ** -0.5 if scale is None else scale,
+        scale=given.get("scale"),
         dropout=given.get("dropout_p", 0.0),
-        repeated=tuple(n for n, bare in ((key, bare_key), (value, bare_value)) if n is not bare),
+        inputs=(key, value),
     )
 
 
 def without_head_repeat(node: Node) -> Node:
     """Return `x [B, Hkv, n, D]` where `node` repeats its heads to `[B, Hkv * g, n, D]`, else `node` itself."""
     base = _expanded_base(node) or _interleaved_base(node)
-    return node if base is None else base
+    return node if base is None or changed_in_place(node) else base
 
 
 def _expanded_base(node: Node) -> Node | None:
@@ -127,6 +131,32 @@ def _interleaved_base(node: Node) -> Node | None:
 
 def _same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
+
+
+def changed_in_place(node: Node) -> bool:
+    """Return whether the graph writes into the tensor of `node`, directly or through a view of it."""
+    return any(
+        _writes(user) or (_is_view(user) and changed_in_place(user))
+        for user in node.users
+        if user.args and user.args[0] is node
+    )
+
+
+def _writes(user: Node) -> bool:
+    if isinstance(user.target, torch._ops.OpOverload):
+        return user.target._schema.is_mutable
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", "__setitem__") or user.target in _IN_PLACE_OPERATORS
+
+
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior)
+_VIEWS = ("getitem", "expand", "reshape", "view", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "flatten")
+
+
+def _is_view(user: Node) -> bool:
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    return name in _VIEWS
 
 
 def mask_fits(site: AttentionSite) -> bool:

@@ -6,6 +6,7 @@ pass, removes "dead" code in general; a rewrite erases only the nodes that it or
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
+
+from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import kv_view as _view  # noqa: F401
+
+ops = torch.ops.zipvl
 
 
 def example(node: Any) -> Any:
@@ -63,24 +69,29 @@ def calls(graph: Graph, target: Callable[..., Any]) -> list[Node]:
     return [node for node in graph.nodes if is_call(node, target)]
 
 
+_PURE_FUNCTIONS = (
+    operator.getitem, torch.repeat_interleave, ops.token_positions, ops.gather_tokens, ops.kv_view,
+)  # fmt: skip
+_PURE_METHODS = ("expand", "reshape", "view", "unsqueeze", "repeat_interleave", "size")
+
+
 def erase_orphans(nodes: Iterable[Any]) -> None:
     """Erase the given nodes, and what only they used, as far as nobody reads them.
 
-    Call it with nodes whose only readers a rewrite removed. Placeholders stay, and so does every in-place call: a
-    chain ends at the first node that is not a plain view or arithmetic of one result.
+    Call it with nodes whose only readers a rewrite removed. It goes up through the few calls that rewrites orphan, all
+    known to be pure, and ends at anything else.
     """
     todo = [node for node in nodes if isinstance(node, Node)]
     while todo:
         node = todo.pop()
-        if node.users or node.op not in ("call_function", "call_method") or node._erased or _writes(node):
+        if node._erased or node.users or not _is_pure(node):
             continue
         inputs = list(node.all_input_nodes)
         node.graph.erase_node(node)
         todo.extend(inputs)
 
 
-def _writes(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return True
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+def _is_pure(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _PURE_METHODS
+    return "out" not in node.kwargs and any(is_call(node, target) for target in _PURE_FUNCTIONS)

@@ -10,11 +10,19 @@ Kind = Literal["prefill", "decode", "other"]
 
 @dataclass(frozen=True)
 class SiteOutcome:
-    """One attention site: `layer` path, `kind`, and `reason`, which is empty where it was rewritten."""
+    """One attention site.
+
+    Attributes:
+        layer: path of the module that holds it.
+        kind: "prefill" or "decode" of a KV cache; "other" is attention without one.
+        reason: why it stays dense; empty where it was rewritten.
+        by_design: staying dense is what should happen, as for a vision tower; nobody needs a warning.
+    """
 
     layer: str
     kind: Kind
     reason: str = ""
+    by_design: bool = False
 
     @property
     def rewritten(self) -> bool:

@@ -62,7 +62,7 @@ def rewrite(site: AttentionSite) -> None:
     )
     site.node.replace_all_uses_with(out)
     site.node.graph.erase_node(site.node)
-    erase_orphans([*site.repeated, site.key, site.value])
+    erase_orphans(site.inputs)
 
 
 def apply(graph: Graph) -> PassReport:

@@ -43,14 +43,15 @@ def find(graph: Graph) -> list[tuple[AttentionSite, Node]]:
     """Return the sites whose K and V go into a cache layer, each with its `token_positions` node."""
     markers = {node.args[0]: node for node in calls(graph, ops.token_positions)}
     return [
-        (site, markers[site.key])
+        (form, markers[form.key])
         for site in attention_site.find(graph)
-        if site.key in markers and _gathers_of(site.value, markers[site.key])
+        for form in (site,) + (() if site.key is site.inputs[0] else (site.as_read(),))
+        if form.key in markers and _gathers_of(form.value, markers[form.key])
     ]
 
 
 def _gathers_of(x: Node, positions: Node) -> list[Node]:
-    """Return the nodes (one, or none) that put the tokens of `x` at `positions` into the cache."""
+    """Return the nodes that put the tokens of `x` at `positions` into the cache: two where K and V are one tensor."""
     return [user for user in positions.users if is_call(user, ops.gather_tokens) and user.args[0] is x]
 
 
@@ -61,26 +62,36 @@ def _only_cached(marker: Node) -> bool:
     return all(is_call(g, ops.gather_tokens) for g in gathers) and all(u.op == "output" for u in readers)
 
 
-def is_legal(site: AttentionSite, positions: Node, readers: int, min_tokens: int) -> str:
-    """Return why the site must stay dense, or an empty string.
+def is_short(site: AttentionSite, min_tokens: int) -> str:
+    """Return that the prompt is too short to gain, or an empty string.
 
     `n >= min_tokens` becomes a guard of the compiled graph: a shorter prompt compiles once, dense.
     """
+    n = example(site.key).shape[2]
+    if statically_known_true(n == 1):
+        return "prompt of one token"
+    return "" if n >= min_tokens else f"prompt shorter than min_tokens={min_tokens}"
+
+
+def is_legal(site: AttentionSite, positions: Node, readers: int) -> str:
+    """Return why the site must stay dense, or an empty string."""
     q, k = example(site.query), example(site.key)
     if site.dropout:
         return f"attention dropout {site.dropout}: the model is training"
     if readers > 1:
         return f"shared KV: {readers} attentions read this layer's cache"
+    if any(attention_site.changed_in_place(x) for x in (site.key, site.value)):
+        return "keys or values are changed in place"
     if not _only_cached(positions):
         return "the layer's cache is read again in the same graph"
     if not statically_known_true(q.shape[2] == k.shape[2]):
         return f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
     if not statically_known_true(q.shape[0] == k.shape[0]):
         return f"batch {q.shape[0]} of queries over batch {k.shape[0]} of keys"
+    if site.mask is None and not site.is_causal:
+        return "no causal mask: cross-attention or an encoder"
     if not attention_site.mask_fits(site):
         return f"mask of shape {list(example(site.mask).shape)} is not [batch, heads, queries, keys]"
-    if not q.shape[2] >= min_tokens:
-        return f"prompt shorter than min_tokens={min_tokens}"
     return ""
 
 
@@ -107,21 +118,21 @@ def rewrite(
     accumulated = insert_call(node, operator.getitem, (scored, 0))
     visible = insert_call(node, operator.getitem, (scored, 1))
     positions = insert_call(node, ops.select_tokens.default, (accumulated, visible, tau, keep_ratio, keep_recent))
-    cached = [gather for x in (site.key, site.value) for gather in _gathers_of(x, marker)]
+    cached = [_gathers_of(site.key, marker)[0], _gathers_of(site.value, marker)[-1]]
     spare = cached[0].args[2] if drop else 0
-    keys, values = (insert_call(node, ops.gather_tokens.default, (x, positions, spare)) for x in (site.key, site.value))
+    kept = [insert_call(node, ops.gather_tokens.default, (x, positions, spare)) for x in (site.key, site.value)]
     if drop:
-        for old, new in zip([*cached, marker], [keys, values, positions], strict=True):
+        for old, new in zip([*cached, marker], [*kept, positions], strict=True):
             old.replace_all_uses_with(new)
         erase_orphans([*cached, marker])
     out = insert_call(
         node,
         ops.sparse_attention.default,
-        (site.query, keys, values, positions, site.mask, site.is_causal, site.scale, all_queries),
+        (site.query, *kept, positions, site.mask, site.is_causal, site.scale, all_queries),
     )
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
-    erase_orphans(site.repeated)
+    erase_orphans(site.inputs)
 
 
 def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
@@ -135,8 +146,9 @@ def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
     found = find(graph)
     for site, marker in found:
         readers = sum(1 for _, other in found if other is marker)
-        reason = is_legal(site, marker, readers, min_tokens)
-        report.sites.append(SiteOutcome(site.name, "prefill", reason))
+        short = is_short(site, min_tokens)
+        reason = short or is_legal(site, marker, readers)
+        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design=bool(short)))
         if not reason:
             rewrite(site, marker, **selection)
     return report

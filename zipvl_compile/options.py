@@ -128,7 +128,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "recent_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
     "random_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
-    "seed": (_count(0), "an integer of at least 0", "Use 0."),
+    "seed": (lambda value: _count(0)(value) and value < 2**63, "an integer in [0, 2**63)", "Use 0."),
     "keep_recent": (_count(1), "an integer of at least 1", "The newest token must be kept; use 1."),
     "queries": (_one_of("selected", "all"), '"selected" or "all"', 'Use "selected" for the paper\'s method.'),
     "groups": (_one_of("layer"), '"layer"', 'A selection per "kv_head": ' + _NOT_YET.lower()),

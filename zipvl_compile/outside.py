@@ -56,6 +56,7 @@ def _wrapped_for_zipvl(model: torch.nn.Module) -> bool:
     return any(
         type(wrapper) is OptimizedModule
         and wrapper._orig_mod is model
+        and callable(wrapper.dynamo_ctx.callback)
         and getattr(innermost_backend(wrapper.dynamo_ctx.callback), "compiler_fn", None) is zipvl
         for wrapper in gc.get_objects()
     )

@@ -25,7 +25,7 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
             drop=options.evict == "drop",
         ),
         read_compact_cache.apply(graph),
+        leave_dense.apply(graph),
     ]
-    reports.append(leave_dense.apply(graph, already=reports))
     graph.lint()
     return reports

@@ -48,14 +48,13 @@ def record(passes: list[PassReport], graph: Graph, training: bool = False) -> Co
         reason = "gradients are needed: call model.eval(), or run under torch.no_grad()"
         sites = [SiteOutcome(site.name, "other", reason) for site in attention_site.find(graph)]
     report = CompileReport(sites)
-    _recent.append(report)
+    if sites:
+        _recent.append(report)
     for collected in _listeners:
         collected.append(report)
     log.info("%s", report)
     for site in report.dense:
-        # A vision tower stays dense by design; a prompt below min_tokens by choice.
-        expected = (site.kind == "other" and not training) or "min_tokens" in site.reason
-        if not expected and site.reason not in _warned:
+        if not site.by_design and site.reason not in _warned:
             _warned.add(site.reason)
             warnings.warn(f"zipvl leaves {site.layer} dense ({site.kind}): {site.reason}", UserWarning, stacklevel=2)
     return report

@@ -1,0 +1,104 @@
+"""What the benchmarks share: a Llama-like decoder, interleaved timing, and one line per measurement in results/.
+
+Speed is a ratio: both variants run in turn in one process, and medians are compared. Absolute times of one machine say
+little about another; the results file names the machine all the same.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
+
+
+def decoder(hidden: int = 512, layers: int = 4) -> LlamaForCausalLM:
+    """Return a randomly initialised decoder, GQA 4, head_dim 64; every call gives the same weights."""
+    heads = hidden // 64
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1), max_position_embeddings=1 << 17,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def prompt(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Return random token ids `[batch, n]` on the benchmark's device."""
+    ids = torch.randint(0, 256, (batch, n), generator=torch.Generator().manual_seed(seed))
+    return ids.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Return how long one call takes, in seconds, with the device idle before and after."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Return the median time of every variant, in seconds; the variants run in turn, `rounds` times."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(warm_up + rounds):
+        for name, run in variants.items():
+            seconds = timed(run)
+            if i >= warm_up:
+                times[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def amdahl(total: float, attention: float, cost: float) -> float:
+    """Return the bound on the speedup where only attention, a part of `total`, shrinks to `cost` of itself."""
+    return total / (total - attention + cost * attention)
+
+
+@cache
+def _environment() -> dict[str, str]:
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    return {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "triton": version("triton"),
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def report(file: str, bench: str, case: str, variant: str, **metrics: tuple[float, str]) -> None:
+    """Append measurements, `metric=(value, unit)`, to `results/file.jsonl` and print them."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{file}.jsonl").open("a") as out:
+        for metric, (value, unit) in metrics.items():
+            line = {"bench": bench, "case": case, "variant": variant, "metric": metric, "value": round(value, 4)}
+            out.write(json.dumps(line | {"unit": unit} | _environment()) + "\n")
+    print(f"{bench} {case} {variant}: " + ", ".join(f"{m} {v:.3g} {u}" for m, (v, u) in metrics.items()))

@@ -1,0 +1,69 @@
+"""Write the tables of README.md from the results files: `python benchmarks/tables.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def latest(file: str) -> dict[tuple[str, str, str], dict[str, dict]]:
+    """Return the newest measurement of each metric: `{(bench, case, variant): {metric: line}}`, in file order."""
+    path = ROOT / "benchmarks" / "results" / f"{file}.jsonl"
+    found: dict[tuple[str, str, str], dict[str, dict]] = defaultdict(dict)
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        found[line["bench"], line["case"], line["variant"]][line["metric"]] = line
+    return found
+
+
+def source(rows: dict) -> str:
+    """Return where the figures come from, as one line."""
+    line = next(iter(next(iter(rows.values())).values()))
+    return (
+        f"{line['hardware']}; torch {line['torch']}, transformers {line['transformers']}; {line['date']}, "
+        f"commit {line['commit']}."
+    )
+
+
+def speed() -> str:
+    """Return the table of prefill and decode."""
+    rows = latest("speed")
+    table = ["| | dense | zipvl | speedup | bound | KV kept |", "|---|---|---|---|---|---|"]
+    for (bench, case, _), metrics in rows.items():
+        value = {metric: line["value"] for metric, line in metrics.items()}
+        bound = f"{value['bound']:.2f}x" if "bound" in value else ""
+        kept = f"{value['kv_bytes_kept']:.0%}" if "kv_bytes_kept" in value else ""
+        table.append(
+            f"| {bench}, {case.rsplit(', ', 1)[1]} | {value['dense']:.1f} ms | {value['zipvl']:.1f} ms "
+            f"| {value['speedup']:.2f}x | {bound} | {kept} |"
+        )
+    case, variant = next(iter(rows))[1:]
+    return "\n".join([*table, "", f"{case.rsplit(', ', 1)[0]}, {variant}. {source(rows)}"])
+
+
+def tiny_lvlm() -> str:
+    """Return the table of accuracy on the bundled model."""
+    rows = latest("tiny_lvlm")
+    table = ["| | accuracy | same answer as dense | tokens kept |", "|---|---|---|---|"]
+    for (_, _, variant), metrics in rows.items():
+        value = {metric: line["value"] for metric, line in metrics.items()}
+        table.append(f"| {variant} | {value['accuracy']:.1%} | {value['agreement']:.1%} | {value['kept']:.0%} |")
+    case = next(iter(rows))[1]
+    return "\n".join([*table, "", f"{case}. {source(rows)}"])
+
+
+def render(text: str) -> str:
+    """Return the README with its tables replaced."""
+    for name, table in (("speed", speed), ("tiny_lvlm", tiny_lvlm)):
+        block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
+        text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

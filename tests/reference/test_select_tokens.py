@@ -1,0 +1,204 @@
+"""select_tokens against the float64 model: how many tokens, which ones, in which order."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zipvl_compile.kernels.select_tokens import kept_count, select_tokens
+from zipvl_compile.kernels.token_scores import token_scores
+
+TAUS = [0.5, 0.9, 0.975, 1.0]
+
+
+def scores(*rows, visible=None):
+    """Return accumulated `[B, 1, n]` and visible `[B, n]` of the given rows; all tokens equally visible by default."""
+    accumulated = torch.tensor(rows, dtype=torch.float64).unsqueeze(1)
+    seen = torch.ones_like(accumulated[:, 0]) if visible is None else torch.tensor(visible, dtype=torch.float64)
+    return accumulated, seen
+
+
+def check(paper, accumulated, visible, **options):
+    """Compare a selection with the model and return it."""
+    kept = select_tokens(accumulated, visible, **options)
+    assert kept.dtype == torch.int64
+    assert np.array_equal(kept.numpy(), paper.selection(paper.array(accumulated), paper.array(visible), **options))
+    return kept
+
+
+@pytest.mark.parametrize("keep_recent", [1, 5])
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("mask", ["none", "left-padding", "right-padding", "prefix", "per-head-window"])
+@pytest.mark.parametrize("n", [1, 2, 63, 129])
+def test_tau(paper, cases, n, mask, tau, keep_recent):
+    q, k, _ = cases.qkv(batch=3, heads="mqa", n=n, dim=8)
+    accumulated, visible = token_scores(q, k, cases.mask(mask, 3, 4, n), is_causal=mask == "none", recent=16, random=16)
+    kept = check(paper, accumulated, visible, tau=tau, keep_recent=keep_recent)
+    assert tau == 1 or n < 63 or kept.shape[2] < n, "the case must select something"
+
+
+@pytest.mark.parametrize("keep_recent", [1, 5])
+@pytest.mark.parametrize("ratio", [1e-9, 0.01, 0.1, 1 / 3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 63, 500])
+def test_keep_ratio(paper, cases, n, ratio, keep_recent):
+    q, k, _ = cases.qkv(batch=2, heads="mqa", n=n, dim=8)
+    accumulated, visible = token_scores(q, k, recent=8, random=8)
+    kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
+    assert (kept[..., -1] == n - 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_selection_per_kv_head(paper, cases, dtype):
+    q, k, _ = cases.qkv(batch=2, heads="gqa4", n=63, dim=8, dtype=dtype)
+    accumulated, visible = token_scores(q, k, groups=2)
+    kept = check(paper, accumulated, visible, tau=0.8)
+    assert kept.shape[1] == 2 and not torch.equal(kept[:, 0], kept[:, 1])
+
+
+def test_p_is_the_largest_need_of_the_batch():
+    even, peaked = [1.0] * 8, [8.0] + [0.0] * 7
+    assert select_tokens(*scores(peaked), tau=0.5).shape == (1, 1, 1)
+    assert select_tokens(*scores(even, peaked), tau=0.5).shape == (2, 1, 4)
+    assert select_tokens(*scores(peaked, even), tau=0.5).shape == (2, 1, 4)
+
+
+def test_ties_go_to_the_lower_position():
+    assert select_tokens(*scores([1.0] * 8), tau=0.5).tolist() == [[[0, 1, 2, 7]]]
+
+
+def test_reaching_tau_exactly_is_enough():
+    assert select_tokens(*scores([4.0, 2.0, 1.0, 1.0]), tau=0.75).shape[2] == 2
+    assert select_tokens(*scores([4.0, 2.0, 1.0, 1.0]), tau=0.7501).shape[2] == 3
+
+
+def test_normalised_score_ranks_and_accumulated_score_counts():
+    accumulated, visible = scores([5.0, 3.0, 1.0], visible=[[9.0, 3.0, 1.0]])
+    assert select_tokens(accumulated, visible, tau=0.8).tolist() == [[[1, 2]]]
+
+
+def test_invisible_token_comes_last():
+    accumulated, visible = scores([0.0, 1.0, 1.0, 1.0], visible=[[0.0, 3.0, 2.0, 1.0]])
+    assert select_tokens(accumulated, visible, keep_ratio=0.75).tolist() == [[[1, 2, 3]]]
+
+
+def test_newest_tokens_are_kept_whatever_they_score():
+    assert select_tokens(*scores([1.0] + [0.0] * 7), tau=0.9).tolist() == [[[7]]]
+    assert select_tokens(*scores([1.0] + [0.0] * 7), tau=0.9, keep_recent=3).tolist() == [[[5, 6, 7]]]
+
+
+def test_newest_token_of_a_right_padded_sample_is_its_last_real_one():
+    accumulated, visible = scores([9.0, 1.0, 0.0, 0.0, 0.0], visible=[[5.0, 4.0, 3.0, 0.0, 0.0]])
+    assert select_tokens(accumulated, visible, tau=0.95).tolist() == [[[0, 2]]]
+
+
+def test_a_budget_below_keep_recent_still_keeps_the_newest_tokens():
+    kept = select_tokens(*scores([1.0] * 10), keep_ratio=0.1, keep_recent=5)
+    assert kept.tolist() == [[[5, 6, 7, 8, 9]]]
+
+
+def test_keep_recent_longer_than_the_prompt_keeps_everything():
+    assert select_tokens(*scores([1.0] * 4), tau=0.5, keep_recent=50).tolist() == [[[0, 1, 2, 3]]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_score_keeps_every_token(bad):
+    accumulated, visible = scores([5.0, bad, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0])
+    assert select_tokens(accumulated, visible, tau=0.5).tolist() == [[[0, 1, 2, 3]]] * 2
+
+
+def test_a_sample_of_padding_only_follows_the_others():
+    accumulated, visible = scores([4.0, 4.0, 0.0, 0.0], [0.0] * 4, visible=[[4.0, 3.0, 2.0, 1.0], [0.0] * 4])
+    assert select_tokens(accumulated, visible, tau=0.9).tolist() == [[[1, 3]], [[0, 1]]]
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 1.0}, {"keep_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)], ids=["no-sample", "no-token"])
+def test_empty_scores(batch, n, options):
+    kept = select_tokens(torch.zeros(batch, 1, n), torch.zeros(batch, n), **options)
+    assert kept.shape[:2] == (batch, 1) and kept.dtype == torch.int64 and kept.shape[2] <= n
+
+
+def test_inputs_stay_as_they_are():
+    accumulated, visible = scores([5.0, 3.0, 1.0], visible=[[9.0, 3.0, 1.0]])
+    copies = accumulated.clone(), visible.clone()
+    select_tokens(accumulated, visible, tau=0.5)
+    assert torch.equal(accumulated, copies[0]) and torch.equal(visible, copies[1])
+
+
+numbers = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(row=numbers, tau=st.floats(0.01, 1.0), keep_recent=st.integers(1, 6))
+def test_p_is_minimal(row, tau, keep_recent):
+    kept = select_tokens(*scores([float(x) for x in row]), tau=tau, keep_recent=keep_recent)
+    p, largest = kept.shape[2], sorted(row, reverse=True)
+    assert sum(largest[:p]) >= tau * sum(row) * (1 - 1e-12)
+    if tau < 1 and p > keep_recent:
+        assert sum(largest[: p - 1]) < tau * sum(row) * (1 + 1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(row=numbers, other=numbers, tau=st.floats(0.01, 1.0), keep_recent=st.integers(1, 6))
+def test_positions_are_ascending_unique_in_range_and_hold_the_newest(row, other, tau, keep_recent):
+    n = min(len(row), len(other))
+    kept = select_tokens(
+        *scores([float(x) for x in row[:n]], [float(x) for x in other[:n]]), tau=tau, keep_recent=keep_recent
+    )
+    for positions in kept[:, 0].tolist():
+        assert positions == sorted(set(positions))
+        assert min(positions) >= 0 and max(positions) < n
+        assert set(range(max(0, n - keep_recent), n)) <= set(positions)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(row=numbers, taus=st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)))
+def test_growing_tau_only_adds_tokens(row, taus):
+    few, many = (
+        set(select_tokens(*scores([float(x) for x in row]), tau=tau).flatten().tolist()) for tau in sorted(taus)
+    )
+    assert few <= many
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(row=numbers, tau=st.floats(0.01, 1.0))
+def test_another_sample_changes_only_p(row, tau):
+    row = [float(x) for x in row]
+    alone = set(select_tokens(*scores(row), tau=tau).flatten().tolist())
+    together = select_tokens(*scores(row, [1.0] * len(row)), tau=tau)
+    assert alone <= set(together[0, 0].tolist())
+    same_p = select_tokens(*scores(row), keep_ratio=together.shape[2] / len(row))
+    assert torch.equal(same_p[0], together[0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(n=st.integers(0, 10_000), percent=st.integers(1, 100), recent=st.integers(1, 9))
+def test_kept_count_is_the_exact_ceiling_within_its_limits(n, percent, recent):
+    exact = math.ceil(n * percent / 100 - 1e-9)
+    assert kept_count(n, percent / 100, recent) == min(max(exact, recent), n)
+
+
+BAD = {
+    "tau-0": ({"tau": 0.0}, "tau: expected a fraction in (0, 1], got 0.0"),
+    "tau-2": ({"tau": 2.0}, "tau: expected a fraction in (0, 1], got 2.0"),
+    "tau-nan": ({"tau": float("nan")}, "tau: expected a fraction in (0, 1], got nan"),
+    "keep_ratio-0": ({"keep_ratio": 0.0}, "keep_ratio: expected a fraction in (0, 1], got 0.0"),
+    "keep_ratio-negative": ({"keep_ratio": -0.5}, "keep_ratio: expected a fraction in (0, 1], got -0.5"),
+    "keep_recent": ({"keep_recent": 0}, "keep_recent: expected at least 1 token, got 0"),
+    "accumulated-rank": ({"accumulated": torch.ones(2, 6)}, "accumulated, visible: expected [batch, groups, n]"),
+    "visible-rank": ({"visible": torch.ones(2, 1, 6)}, "got [2, 1, 6], [2, 1, 6]"),
+    "visible-tokens": ({"visible": torch.ones(2, 5)}, "got [2, 1, 6], [2, 5]"),
+    "visible-batch": ({"visible": torch.ones(1, 6)}, "got [2, 1, 6], [1, 6]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_input_is_named(name):
+    given_, message = BAD[name]
+    with pytest.raises(ValueError, match=r"^zipvl::select_tokens: ") as raised:
+        select_tokens(**({"accumulated": torch.ones(2, 1, 6), "visible": torch.ones(2, 6)} | given_))
+    assert message in str(raised.value)
+    assert str(raised.value).endswith(".")

@@ -1,0 +1,217 @@
+"""The options of the backend: what each accepts, and errors that reach the user as a ValueError with a remedy."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from zipvl_compile.options import DEFAULT_MIN_TOKENS, OptionError, ZipVLOptions
+
+NAN, INF = float("nan"), float("inf")
+GOOD = {
+    "tau": [1e-6, 0.5, 0.975, 1.0, 1],
+    "keep_ratio": [None, 1e-6, 0.3, 1.0, 1],
+    "recent_probes": [0, 1, 64, 10_000],
+    "random_probes": [0, 1, 64, 10_000],
+    "seed": [0, 1, 2**32],
+    "keep_recent": [1, 5, 10_000],
+    "queries": ["selected", "all"],
+    "groups": ["layer"],
+    "evict": ["drop", "keep"],
+    "min_tokens": [0, 1, 100_000],
+    "inner": ["inductor", "aot_eager", "eager"],
+    "kernel": ["auto", "torch"],
+    "mode": [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+}
+BAD = {
+    "tau": [0, 0.0, -0.5, 1.01, 2, NAN, INF, "0.9", None, True, [0.9]],
+    "keep_ratio": [0, 0.0, -0.5, 1.01, NAN, INF, "half", True, (0.5,)],
+    "recent_probes": [-1, 1.5, 64.0, "64", None, True],
+    "random_probes": [-1, 1.5, 64.0, "64", None, False],
+    "seed": [-1, 0.5, "0", None, True],
+    "keep_recent": [0, -1, 1.0, "1", None, True],
+    "queries": ["Selected", "none", "", None, 1, ["all"], {}],
+    "groups": ["kv_head", "head", None, 1],
+    "evict": ["Drop", "none", None, True, False, ["keep"]],
+    "min_tokens": [-1, 0.5, "512", None, True],
+    "inner": ["triton", "", None, 0, {}],
+    "kernel": ["triton", "cuda", None],
+    "mode": ["fast", "", 3, ["default"], True],
+}
+NAMES = [field.name for field in dataclasses.fields(ZipVLOptions)]
+
+
+def pairs(table):
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
+
+
+def test_the_tables_below_cover_every_option():
+    assert set(GOOD) == set(BAD) == set(NAMES)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(GOOD))
+def test_good_value(name, value):
+    parsed = ZipVLOptions.parse({name: value})
+    assert getattr(parsed, name) == value
+    others = [other for other in NAMES if other != name]
+    assert all(getattr(parsed, other) == getattr(ZipVLOptions(), other) for other in others)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(BAD))
+def test_bad_value_is_named_with_what_was_expected_and_what_to_do(name, value):
+    with pytest.raises(ValueError) as raised:
+        ZipVLOptions.parse({name: value})
+    message = str(raised.value)
+    assert message.startswith(f"zipvl option {name!r}: expected ")
+    assert f", got {value!r}. " in message
+    assert message.rstrip().endswith(".") and len(message.split(f"got {value!r}. ")[1]) > 5, "a remedy follows"
+
+
+def test_defaults():
+    assert ZipVLOptions.parse() == ZipVLOptions.parse({}) == ZipVLOptions()
+    assert dataclasses.asdict(ZipVLOptions()) == {
+        "tau": 0.975,
+        "keep_ratio": None,
+        "recent_probes": 64,
+        "random_probes": 64,
+        "seed": 0,
+        "keep_recent": 1,
+        "queries": "selected",
+        "groups": "layer",
+        "evict": "drop",
+        "min_tokens": DEFAULT_MIN_TOKENS,
+        "inner": "inductor",
+        "kernel": "auto",
+        "mode": None,
+    }
+
+
+def test_options_cannot_change_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ZipVLOptions().tau = 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("tua", "Did you mean 'tau'?"),
+        ("keep_rate", "Did you mean 'keep_ratio'?"),
+        ("recent_probe", "Did you mean 'recent_probes'?"),
+        ("Queries", "Did you mean 'queries'?"),
+        ("mintokens", "Did you mean 'min_tokens'?"),
+        ("xyz", "Remove it."),
+        (7, "Remove it."),
+    ],
+)
+def test_unknown_name_gets_a_hint_and_the_list(name, hint):
+    with pytest.raises(ValueError) as raised:
+        ZipVLOptions.parse({name: 1})
+    message = str(raised.value)
+    assert message.startswith(f"zipvl option {name!r}: expected one of ")
+    assert message.endswith(hint)
+    assert all(option in message for option in NAMES)
+
+
+def test_at_least_one_probe_row():
+    assert ZipVLOptions.parse({"recent_probes": 0}).random_probes == 64
+    with pytest.raises(ValueError, match="'recent_probes' and 'random_probes': expected at least one probe row"):
+        ZipVLOptions.parse({"recent_probes": 0, "random_probes": 0})
+
+
+@pytest.mark.parametrize(("name", "value"), [("groups", "kv_head"), ("kernel", "triton")])
+def test_what_is_not_available_yet_says_so(name, value):
+    with pytest.raises(ValueError, match="not available yet") as raised:
+        ZipVLOptions.parse({name: value})
+    assert value in str(raised.value)
+
+
+def test_mode_comes_by_either_way():
+    assert ZipVLOptions.parse(mode="max-autotune").mode == "max-autotune"
+    assert ZipVLOptions.parse({"mode": "max-autotune"}).mode == "max-autotune"
+    assert ZipVLOptions.parse({"tau": 0.5}, "max-autotune") == ZipVLOptions(tau=0.5, mode="max-autotune")
+
+
+def test_the_users_dictionary_stays_as_it_is():
+    given = {"tau": 0.5}
+    ZipVLOptions.parse(given, mode="default")
+    assert given == {"tau": 0.5}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+BY_COMPILE = {
+    "value": ({"options": {"tau": 2}}, "zipvl option 'tau': expected a fraction in (0, 1], got 2."),
+    "name": ({"options": {"tua": 0.5}}, "Did you mean 'tau'?"),
+    "groups": ({"options": {"groups": "kv_head"}}, "not available yet"),
+    "kernel": ({"options": {"kernel": "triton"}}, "not available yet"),
+    "mode": ({"mode": "fast"}, "zipvl option 'mode': expected None or a mode of torch.compile, got 'fast'."),
+    "mode-in-options": ({"options": {"mode": "fast"}}, "zipvl option 'mode'"),
+    "probes": ({"options": {"recent_probes": 0, "random_probes": 0}}, "at least one probe row"),
+}
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+@pytest.mark.parametrize("case", BY_COMPILE)
+def test_the_user_of_compile_gets_a_value_error(case, how):
+    given, message = BY_COMPILE[case]
+    model = Small().eval()
+    if how == "model.compile":
+        model.compile(backend="zipvl", **given)
+    else:
+        model = torch.compile(model, backend="zipvl", **given)
+    with pytest.raises(ValueError) as raised:
+        model(torch.ones(1, 3))
+    assert isinstance(raised.value, OptionError) and not isinstance(raised.value, BackendCompilerFailed)
+    assert str(raised.value).startswith("zipvl option") and message in str(raised.value)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
+def test_a_graph_without_attention_compiles(inner):
+    model, x = Small().eval(), torch.randn(4, 3)
+    compiled = torch.compile(model, backend="zipvl", options={"inner": inner, "tau": 0.5})
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
+def test_mode_is_handed_to_inductor(monkeypatch, given):
+    from torch._inductor import compile_fx, list_mode_options
+
+    seen = []
+
+    def spy(gm, example_inputs, config_patches=None, **others):
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spy)
+    torch.compile(Small().eval(), backend="zipvl", **given)(torch.ones(1, 3))
+    assert seen == [list_mode_options(given.get("mode") or given["options"]["mode"])]
+
+
+def test_without_a_mode_inductor_gets_no_patches(monkeypatch):
+    from torch._inductor import compile_fx
+
+    seen = []
+    monkeypatch.setattr(
+        compile_fx,
+        "compile_fx",
+        lambda gm, example_inputs, config_patches=None: seen.append(config_patches) or gm.forward,
+    )
+    torch.compile(Small().eval(), backend="zipvl")(torch.ones(1, 3))
+    assert seen == [None]
