@@ -8,7 +8,6 @@ STAMP  := $(VENV)/.installed
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
@@ -16,10 +15,11 @@ demo: $(STAMP)
 	$(BIN)/zipvl demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only -s
+	$(BIN)/python benchmarks/tables.py
 
 # A GPU machine brings its own torch: this uses its Python, and installs nothing but this package.
 gpu:

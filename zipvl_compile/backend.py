@@ -21,9 +21,10 @@ from zipvl_compile.pipeline import rewrite
 from zipvl_compile.report import record
 from zipvl_compile.tracing import gradients_matter
 
-#: Decorators of transformers share one code object, and every prompt shape counts against its limit. PyTorch's 8 are
-#: soon used up, and everything after that would silently run in eager mode.
-RECOMPILE_LIMIT = 64
+# Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
+# PyTorch's 8 are soon used up, and everything after that would silently run in eager mode. Raised when the backend is
+# loaded, not when it runs: once the limit is reached, Dynamo calls no backend any more.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def zipvl(
@@ -48,8 +49,6 @@ def zipvl(
         OptionError: (a ValueError) an unknown option or a bad value.
     """
     parsed = ZipVLOptions.parse(options, mode)
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     if gradients_matter():
         record([], gm.graph, training=True)
         return _compile(gm, example_inputs, parsed)
