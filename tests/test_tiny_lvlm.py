@@ -37,7 +37,9 @@ from zipvl_compile.tiny_lvlm.questions import (
     ROW_WORDS,
     SINGLE_TOKEN_KINDS,
     VOCABULARY,
+    Question,
     ask,
+    hints,
 )
 from zipvl_compile.tiny_lvlm.scenes import (
     CELL,
@@ -52,6 +54,7 @@ from zipvl_compile.tiny_lvlm.scenes import (
     draw_scene,
     split_indices,
 )
+from zipvl_compile.tiny_lvlm.stages import answer_logits, patch_features
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,7 @@ def true_answer(prompt: str, digits: tuple[PlacedDigit, ...]) -> str:
     by_colour = {one.colour: one for one in digits}
     match words:
         case ["what", "digit", "is", "at", row, column, "?"]:
-            return next(
-                str(one.digit) for one in digits if (f"r{one.row + 1}", f"c{one.column + 1}") == (row, column)
-            )
+            return next(str(one.digit) for one in digits if (f"r{one.row + 1}", f"c{one.column + 1}") == (row, column))
         case ["what", "digit", "is", colour, "?"]:
             return str(by_colour[colour].digit)
         case ["what", "color", "is", digit, "?"]:
@@ -87,9 +88,7 @@ def true_answer(prompt: str, digits: tuple[PlacedDigit, ...]) -> str:
         case ["how", "many", digit, "are", "there", "?"]:
             return COUNT_WORDS[Counter(str(one.digit) for one in digits)[digit]]
         case ["read", "all", "digits", ":"]:
-            return " ".join(
-                str(one.digit) for one in sorted(digits, key=lambda one: one.row * GRID + one.column)
-            )
+            return " ".join(str(one.digit) for one in sorted(digits, key=lambda one: one.row * GRID + one.column))
         case ["read", *colours, ":"]:
             return " ".join(str(by_colour[colour].digit) for colour in colours)
     raise AssertionError(f"unknown prompt: {prompt}")
@@ -106,9 +105,7 @@ def test_splits_share_no_picture():
     from sklearn.datasets import load_digits
 
     images = load_digits().images
-    train, held_out = (
-        {images[row].tobytes() for row in split_indices()[split]} for split in ("train", "held_out")
-    )
+    train, held_out = ({images[row].tobytes() for row in split_indices()[split]} for split in ("train", "held_out"))
     assert not train & held_out
 
 
@@ -160,6 +157,21 @@ def test_digit_to_colour_falls_back_when_no_digit_is_unique():
     assert question.kind == "colour_to_digit" and question.answer == "5"
 
 
+@pytest.mark.parametrize(
+    ("kind", "prompt", "answer", "expected"),
+    [
+        ("colour_to_digit", "what digit is red ?", "7", {3: "7"}),
+        ("position_to_digit", "what digit is at r3 c5 ?", "7", {5: "7"}),
+        ("count_digit", "how many 7 are there ?", "two", {2: "two"}),
+        ("read_colours", "read red blue green :", "1 2 3", {1: "1", 2: "2", 3: "3"}),
+        ("read_all", "read all digits :", "1 2 3", {}),
+        ("count_all", "how many digits are there ?", "three", {}),
+    ],
+)
+def test_hints_sit_on_the_words_that_the_answer_turns_on(kind, prompt, answer, expected):
+    assert hints(Question(kind, prompt, answer)) == expected
+
+
 def test_vocabulary_has_no_duplicates():
     assert len(WORD_ID) == len(VOCABULARY)
     assert len(ROW_WORDS) == len(COLUMN_WORDS) == GRID
@@ -174,15 +186,13 @@ def test_kept_patches_hold_every_digit():
     for row, scene in enumerate(scenes):
         shown = [(index // GRID, index % GRID) for index in kept[row].tolist() if digits[row, index] < 10]
         assert shown == [(one.row, one.column) for one in scene.digits]
-        assert [
-            COLOUR_NAMES[index] for index in colours[row][kept[row]].tolist() if index < len(COLOUR_NAMES)
-        ] == [one.colour for one in scene.digits]
+        assert [COLOUR_NAMES[index] for index in colours[row][kept[row]].tolist() if index < len(COLOUR_NAMES)] == [
+            one.colour for one in scene.digits
+        ]
 
 
 def test_packed_questions_do_not_see_each_other():
     """The loss of a packed row is that of its questions asked one by one."""
-    from zipvl_compile.tiny_lvlm.train import answer_logits, patch_features
-
     rng = np.random.default_rng(2)
     model = build_model(0).eval()
     scenes = [draw_scene(rng)]
@@ -210,8 +220,7 @@ def test_checkpoint_loads_without_warnings(capfd):
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
     printed = "".join(capfd.readouterr())
     assert not any(
-        word in printed.lower()
-        for word in ("warning", "missing", "unexpected", "deprecated", "newly initialized")
+        word in printed.lower() for word in ("warning", "missing", "unexpected", "deprecated", "newly initialized")
     )
     assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert model.config.text_config.num_key_value_heads < model.config.text_config.num_attention_heads
@@ -237,9 +246,7 @@ def test_processor_pixels_are_those_of_training(request, source):
     scenes = [draw_scene(rng, "held_out") for _ in range(3)]
     images = [Image.fromarray(scene.image) for scene in scenes]
     chosen = request.getfixturevalue("processor") if source == "saved" else build_processor()
-    pixels = chosen(images=images, text=["<image> read all digits :"] * 3, return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = chosen(images=images, text=["<image> read all digits :"] * 3, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, pixel_values(scenes), atol=1e-5, rtol=0)
 
 
