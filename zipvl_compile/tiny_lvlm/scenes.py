@@ -1,0 +1,151 @@
+"""Scenes: a few coloured handwritten digits on a noisy canvas.
+
+A canvas is ``GRID`` x ``GRID`` cells of ``CELL`` x ``CELL`` pixels.  Every digit fills one cell, and a cell
+is exactly one patch of the vision tower, so that a scene costs ``GRID * GRID`` image tokens of which only
+a handful matter.  The digits are the real ones of scikit-learn's ``load_digits``; a fixed fifth of them
+is held out from training.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+GRID = 16
+CELL = 8
+IMAGE_SIZE = GRID * CELL
+IMAGE_TOKENS = GRID * GRID
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.85, 0.1),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (0.95, 0.95, 0.1),
+    "magenta": (0.95, 0.1, 0.9),
+    "cyan": (0.1, 0.9, 0.9),
+    "white": (1.0, 1.0, 1.0),
+    "orange": (1.0, 0.55, 0.1),
+}
+COLOUR_NAMES = tuple(COLOURS)
+MIN_DIGITS, MAX_DIGITS = 3, 6
+
+SPLIT_SEED = 0
+HELD_OUT_FRACTION = 0.2
+AUGMENTED_COPIES = 15
+BACKGROUND = (0.15, 0.30)
+NOISE = 0.08
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True, order=True)
+class PlacedDigit:
+    """One digit of a scene; ordering by (row, column) is reading order."""
+
+    row: int
+    column: int
+    digit: int
+    colour: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """``image``: uint8 array (IMAGE_SIZE, IMAGE_SIZE, 3); ``digits``: what is on it, in reading order."""
+
+    image: np.ndarray
+    digits: tuple[PlacedDigit, ...]
+
+
+@dataclass(frozen=True)
+class DigitPool:
+    """Digits to draw from: ``images`` float32 (n, CELL, CELL) in [0, 1], ``labels`` int64 (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def split_indices() -> dict[Split, np.ndarray]:
+    """Row numbers of ``load_digits`` for each split; the two arrays share no element."""
+    count = len(_load_digits()[1])
+    order = np.random.RandomState(SPLIT_SEED).permutation(count)
+    held_out = round(count * HELD_OUT_FRACTION)
+    return {"train": order[:-held_out], "held_out": order[-held_out:]}
+
+
+@lru_cache(maxsize=2)
+def digit_pool(split: Split) -> DigitPool:
+    """The digits of one split; the training pool also holds slightly rotated, scaled and shifted copies."""
+    images, labels = _load_digits()
+    rows = split_indices()[split]
+    images, labels = images[rows], labels[rows]
+    if split == "held_out":
+        return DigitPool(images, labels)
+    rng = np.random.default_rng(SPLIT_SEED)
+    copies = [np.stack([_jitter(image, rng) for image in images]) for _ in range(AUGMENTED_COPIES)]
+    return DigitPool(np.concatenate([images, *copies]), np.tile(labels, 1 + AUGMENTED_COPIES))
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    split: Split = "train",
+    min_digits: int = MIN_DIGITS,
+    max_digits: int = MAX_DIGITS,
+) -> Scene:
+    """Draw one scene with ``min_digits`` to ``max_digits`` digits in distinct cells.
+
+    Colours are distinct as long as there are enough of them; beyond that they repeat.
+    """
+    pool = digit_pool(split)
+    count = int(rng.integers(min_digits, max_digits + 1))
+    cells = rng.permutation(IMAGE_TOKENS)[:count]
+    colours = np.concatenate([rng.permutation(len(COLOUR_NAMES)) for _ in range(-(-count // len(COLOUR_NAMES)))])[
+        :count
+    ]
+    picks = rng.integers(len(pool.labels), size=count)
+
+    ink = np.zeros((GRID, GRID, CELL, CELL, 1), np.float32)
+    paint = np.zeros((GRID, GRID, 1, 1, 3), np.float32)
+    rows, columns = cells // GRID, cells % GRID
+    ink[rows, columns] = pool.images[picks][..., None]
+    paint[rows, columns] = _PALETTE[colours][:, None, None]
+
+    background = rng.uniform(*BACKGROUND, size=3).astype(np.float32)
+    canvas = ink * paint + (1 - ink) * background
+    canvas = canvas.transpose(0, 2, 1, 3, 4).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+    canvas = canvas + NOISE * rng.standard_normal(canvas.shape, dtype=np.float32)
+    # The processor sees 8-bit pictures, so training must see the same rounding.
+    image = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
+    digits = (
+        PlacedDigit(int(row), int(column), int(pool.labels[pick]), COLOUR_NAMES[colour])
+        for row, column, pick, colour in zip(rows, columns, picks, colours, strict=True)
+    )
+    return Scene(image, tuple(sorted(digits)))
+
+
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+
+
+@lru_cache(maxsize=1)
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All of ``load_digits``: images float32 (1797, 8, 8) in [0, 1] and labels int64 (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "The handwritten digits come from scikit-learn, which is not installed: pip install zipvl-compile[demo]"
+        ) from error
+    data = load_digits()
+    return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
+
+
+def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A randomly rotated, scaled and shifted copy of one (CELL, CELL) image, for training only."""
+    from scipy.ndimage import affine_transform  # scikit-learn depends on scipy
+
+    angle = np.deg2rad(rng.uniform(-12, 12))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn / rng.uniform(0.9, 1.1, size=(2, 1))
+    centre = (CELL - 1) / 2
+    offset = centre - matrix @ np.full(2, centre) + rng.uniform(-0.5, 0.5, size=2)
+    return affine_transform(image, matrix, offset=offset, order=1).astype(np.float32)
