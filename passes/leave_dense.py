@@ -26,7 +26,13 @@ def apply(graph: Graph) -> PassReport:
     report = PassReport("leave_dense")
     refused = {site.node for site, _ in sparsify_prefill.find(graph)}
     refused |= {site.node for site in read_compact_cache.find(graph)}
-    report.sites = [classify(site) for site in attention_site.find(graph) if site.node not in refused]
+    sites = attention_site.find(graph)
+    report.sites = [classify(site) for site in sites if site.node not in refused]
+    report.sites += [
+        SiteOutcome(attention_site.module_path(node), "other", "inputs are not [batch, heads, tokens, head_dim]", True)
+        for node in calls(graph, attention_site.SDPA)
+        if node not in {site.node for site in sites}
+    ]
     report.sites += _caches_without_attention(graph)
     return report
 

@@ -213,3 +213,8 @@ def test_every_attention_of_a_mixed_graph_is_reported_exactly_once(record, modul
     sites = [site for sites in recorder.reports[0].values() for site in sites]
     assert sorted(site.kind for site in sites) == ["other", "other", "prefill", "prefill"]
     assert [site.rewritten for site in sites if site.kind == "prefill"] == [True, False]
+
+
+def test_attention_without_a_head_axis_is_reported(record):
+    _, recorder = record(Wrapped(lambda x: F.scaled_dot_product_attention(x, x, x)), torch.randn(2, 6, 8))
+    assert reported(recorder) == [("other", "inputs are not [batch, heads, tokens, head_dim]")]
