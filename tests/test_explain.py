@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import zipvl_compile
 from zipvl_compile import report
+from zipvl_compile.options import DEFAULT_MIN_TOKENS
 
 LAYERS, VISION_LAYERS, PATCHES, TEXT = 2, 1, 16, 40
 EVERY_LENGTH = {"min_tokens": 0}
@@ -103,7 +104,7 @@ def test_table_shows_every_row_in_80_columns(explanation):
 def test_a_short_prompt_is_dense_and_the_remedy_is_named(model, inputs):
     explanation = zipvl_compile.explain(model, **inputs)
     rows = decoder("prefill", explanation)
-    assert len(rows) == LAYERS and all("min_tokens=512" in row.reason for row in rows)
+    assert len(rows) == LAYERS and all(f"min_tokens={DEFAULT_MIN_TOKENS}" in row.reason for row in rows)
     assert all(row.kept == explanation.prompt for row in rows)
     assert any("'min_tokens': 0" in note for note in explanation.notes)
 
