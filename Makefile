@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test bench gpu lint train clean
+.PHONY: demo test bench gpu system lint train clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,11 +21,19 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only -s
 	$(BIN)/python benchmarks/tables.py
 
-# A GPU machine brings its own torch: this uses its Python, and installs nothing but this package.
-gpu:
+# SYSTEM=1 uses the torch, and everything else, that the machine's own Python has, and installs only this package.
+ifdef SYSTEM
+GPU_PYTHON := $(PYTHON)
+gpu: system
+else
+GPU_PYTHON := $(BIN)/python
+gpu: $(STAMP)
+endif
+	$(GPU_PYTHON) -m pytest -q tests/gpu
+	$(GPU_PYTHON) -m pytest -q benchmarks --benchmark-only -s
+
+system:
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
-	$(PYTHON) -m pytest -q tests/gpu
-	$(PYTHON) -m pytest -q benchmarks --benchmark-only -s
 
 train: $(STAMP)
 	$(BIN)/python -m zipvl_compile.tiny_lvlm.train --out zipvl_compile/tiny_lvlm/checkpoint

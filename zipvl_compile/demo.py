@@ -49,7 +49,7 @@ class Setup:
         return {"min_tokens": 0} if self.tau == Setup.tau else {"min_tokens": 0, "tau": self.tau}
 
 
-def run_bundled(console: Console, setup: Setup, questions: int = 210, seed: int = 0) -> int:
+def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int = 0) -> int:
     """Answer held-out questions with the bundled model; return the exit code.
 
     Args:

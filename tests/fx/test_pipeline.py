@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.options import DEFAULT_MIN_TOKENS, ZipVLOptions
 from zipvl_compile.passes import sparsify_prefill
 from zipvl_compile.pipeline import rewrite
 
@@ -70,7 +70,7 @@ def test_defaults_are_the_papers(selected):
         "keep_recent": 1,
         "all_queries": False,
         "drop": True,
-        "min_tokens": 512,
+        "min_tokens": DEFAULT_MIN_TOKENS,
     }
 
 
