@@ -35,6 +35,7 @@ from zipvl_compile.passes import attention_site
 from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
+from zipvl_compile.passes.token_source import is_cross_attention
 
 ops = torch.ops.zipvl
 
@@ -88,6 +89,8 @@ def is_legal(site: AttentionSite, positions: Node, readers: int) -> str:
         return f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
     if not statically_known_true(q.shape[0] == k.shape[0]):
         return f"batch {q.shape[0]} of queries over batch {k.shape[0]} of keys"
+    if is_cross_attention(site):
+        return "cross-attention: queries and keys come from different hidden states"
     if site.mask is None and not site.is_causal:
         return "no causal mask: cross-attention or an encoder"
     if not attention_site.mask_fits(site):

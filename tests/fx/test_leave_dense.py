@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fx.modules import Wrapped
 from torch import nn
 
 ops = torch.ops.zipvl
@@ -13,15 +14,6 @@ CROSS = "no KV cache: cross-attention, or an encoder that attends in chunks"
 VISION = "no KV cache: a vision tower or an encoder"
 NO_CACHE = "no KV cache: the call has use_cache=False, or needs gradients"
 FOREIGN = "KV cache without zipvl layers: let the model make its cache, or use DynamicCache(config=model.config)"
-
-
-class Wrapped(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 def reported(recorder):

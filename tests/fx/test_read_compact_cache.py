@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fx.modules import Wrapped
 from torch import nn
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
@@ -140,17 +141,6 @@ def test_later_steps_and_other_caches_do_not_recompile(record, modules, paper):
     out = recorder.compiled(*inputs, PROMPT, 21)
     np.testing.assert_allclose(out.numpy(), paper.decode(inputs[0], k, v, more, PROMPT), rtol=1e-12, atol=1e-12)
     assert len(recorder.graphs) <= 2, "one graph, and one more where the first step was specialised"
-
-
-class Wrapped(nn.Module):
-    """A module around a function, for the near misses."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 def test_several_attentions_of_one_cache_are_each_rewritten(record, modules, paper):

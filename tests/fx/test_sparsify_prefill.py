@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from fx.modules import Wrapped
 
 from zipvl_compile.passes.pass_report import SiteOutcome
 
@@ -213,17 +213,6 @@ def test_min_tokens_is_a_guard_and_not_a_decision_for_ever(record, modules, by_t
             assert kept.shape[2] == n
             torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     assert len(recorder.graphs) == 2, "one dense graph and one sparse graph serve every length"
-
-
-class Wrapped(nn.Module):
-    """A module around a function, for the near misses."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 def test_dropout_stays_dense(record, modules):
