@@ -91,10 +91,13 @@ def test_cache_is_compacted_below_tau_1_and_every_decoder_site_is_rewritten(fami
             assert layer.cached_length == layer.kept.shape[2] + NEW_TOKENS - 1
 
     full, sliding = layers_of(family, "full_attention"), layers_of(family, "sliding_attention")
-    # The vision tower runs before the compiled forward here; decode compiles for one step and then for every step.
+    # Decode compiles for one step and then for every step. Whether the vision tower runs inside the compiled forward
+    # depends on the version of transformers.
     assert sites(reports, "prefill") == [full]
     assert sites(reports, "decode") in ([full], [full, full])
-    assert sites(reports, "other", rewritten=False) == []
+    decoder = {*full, *sliding}
+    assert not decoder & {layer for graph in sites(reports, "other", rewritten=False) for layer in graph}
     for kind in ("prefill", "decode"):
         assert sites(reports, kind, rewritten=False) == ([sliding] * len(sites(reports, kind)) if sliding else [])
-    assert all(s.by_design and s.reason.startswith("sliding window") for report in reports for s in report.dense)
+    dense = [s for report in reports for s in report.dense]
+    assert all(s.by_design and (s.kind == "other" or s.reason.startswith("sliding window")) for s in dense)
