@@ -28,12 +28,13 @@ def apply(graph: Graph) -> PassReport:
     refused |= {site.node for site in read_compact_cache.find(graph)}
     sites = attention_site.find(graph)
     report.sites = [classify(site) for site in sites if site.node not in refused]
+    read = {site.node for site in sites}
     report.sites += [
         SiteOutcome(attention_site.module_path(node), "other", "inputs are not [batch, heads, tokens, head_dim]", True)
         for node in calls(graph, attention_site.SDPA)
-        if node not in {site.node for site in sites}
+        if node not in read
     ]
-    report.sites += _caches_without_attention(graph)
+    report.sites += _caches_without_attention(graph, sites)
     return report
 
 
@@ -57,9 +58,9 @@ def classify(site: AttentionSite) -> SiteOutcome:
     return SiteOutcome(site.name, "other", reason, by_design=True)
 
 
-def _caches_without_attention(graph: Graph) -> list[SiteOutcome]:
-    """Name the cache layers that no SDPA of this graph reads."""
-    read = {x for site in attention_site.find(graph) for raw in site.inputs for x in (raw, *_repeated(raw))}
+def _caches_without_attention(graph: Graph, sites: list[AttentionSite]) -> list[SiteOutcome]:
+    """Name the cache layers that none of the `sites` reads."""
+    read = {x for site in sites for x in (*site.inputs, site.key, site.value)}
     outcomes = []
     for kind, marker in _MARKERS.items():
         for node in calls(graph, marker):
@@ -68,10 +69,6 @@ def _caches_without_attention(graph: Graph) -> list[SiteOutcome]:
             if source not in read and not any(is_call(user, ops.token_scores) for user in source.users):
                 outcomes.append(SiteOutcome(attention_site.module_path(node), kind, _unread(source)))
     return outcomes
-
-
-def _repeated(node: Node) -> tuple[Node, ...]:
-    return (attention_site.without_head_repeat(node),)
 
 
 def _unread(source: Node) -> str:

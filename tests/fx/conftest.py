@@ -1,14 +1,14 @@
 """A backend that runs passes over a Dynamo graph, records what changed, and executes it node by node."""
 
 import dataclasses
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import sympy
 import torch
+from fx import modules as small_modules
+from quiet import one_thread_without_gradients  # noqa: F401
+from reference import paper as model_of_the_paper
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -28,25 +28,16 @@ SELECTION = {
 }
 
 
-def _load(path):
-    key = "zipvl_tests_" + "_".join(path.with_suffix("").parts[-2:])
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        sys.modules[key] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
-
-
 @pytest.fixture(scope="session")
 def paper():
     """Return the float64 model of the paper, which shares no code with the operators."""
-    return _load(Path(__file__).parent.parent / "reference" / "paper.py")
+    return model_of_the_paper
 
 
 @pytest.fixture(scope="session")
 def modules():
     """Return the small modules whose graphs are rewritten."""
-    return _load(Path(__file__).parent / "modules.py")
+    return small_modules
 
 
 def _name(node):
@@ -167,12 +158,3 @@ def by_the_paper(paper):
         return paper.attention(q, k, v, kept, all_queries=chosen["all_queries"], **look), kept
 
     return compute
-
-
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)

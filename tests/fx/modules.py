@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,15 @@ from zipvl_compile.kernels import kv_view as _view  # noqa: F401  (registers the
 ops = torch.ops.zipvl
 SPARE = 4
 FORMS = ("enable_gqa", "expand", "expand-view", "interleave", "torch-interleave", "plain")
+
+# What a rewrite orphans for each form of repeating K and V.
+REPEATS = {
+    "enable_gqa": Counter(),
+    "plain": Counter(),
+    "expand": Counter({"getitem": 2, "expand": 2, "reshape": 2}),
+    "interleave": Counter({"repeat_interleave": 2}),
+    "torch-interleave": Counter({"repeat_interleave": 2}),
+}
 
 
 def qkv(n=20, batch=2, heads=4, kv_heads=2, dim=8, value_dim=6, seed=0, dtype=torch.float64):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fx.modules import Wrapped
+from fx.modules import REPEATS, Wrapped
 from torch import nn
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
@@ -18,13 +18,6 @@ EVERY = torch.arange(PROMPT).repeat(2, 1, 1)
 NAME = "(scaled_dot_product_attention)"
 ADDED = Counter({"zipvl.decode_attention": 1})
 ERASED = Counter({"zipvl.kv_view": 2, "scaled_dot_product_attention": 1})
-REPEATS = {
-    "enable_gqa": Counter(),
-    "plain": Counter(),
-    "expand": Counter({"getitem": 2, "expand": 2, "reshape": 2}),
-    "interleave": Counter({"repeat_interleave": 2}),
-    "torch-interleave": Counter({"repeat_interleave": 2}),
-}
 
 
 def situation(modules, m=1, kept=KEPT, kv_heads=2, capacity=30):

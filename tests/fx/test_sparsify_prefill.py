@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fx.modules import Wrapped
+from fx.modules import REPEATS, Wrapped
 
 from zipvl_compile.passes.pass_report import SiteOutcome
 
@@ -23,13 +23,6 @@ ADDED = Counter(
 )
 CACHE = Counter({"zipvl.token_positions": 1, "zipvl.gather_tokens": 2})
 SDPA = Counter({"scaled_dot_product_attention": 1})
-REPEATS = {
-    "enable_gqa": Counter(),
-    "plain": Counter(),
-    "expand": Counter({"getitem": 2, "expand": 2, "reshape": 2}),
-    "interleave": Counter({"repeat_interleave": 2}),
-    "torch-interleave": Counter({"repeat_interleave": 2}),
-}
 
 
 def outcomes(recorder, graph=0):

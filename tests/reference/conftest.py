@@ -1,36 +1,16 @@
-"""The float64 model of the paper and the shared cases, loaded by path (the test folders are no packages)."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""The float64 model of the paper and the shared cases, as fixtures."""
 
 import pytest
-import torch
-
-
-def _load(name):
-    key = f"zipvl_tests_reference_{name}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, Path(__file__).parent / f"{name}.py")
-        sys.modules[key] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[key])
-    return sys.modules[key]
+from quiet import one_thread_without_gradients  # noqa: F401
+from reference import cases as shared_cases
+from reference import paper as model_of_the_paper
 
 
 @pytest.fixture(scope="session")
 def paper():
-    return _load("paper")
+    return model_of_the_paper
 
 
 @pytest.fixture(scope="session")
 def cases():
-    return _load("cases")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+    return shared_cases

@@ -4,20 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.cases import MASKS
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
-
-MASKS = (
-    "none",
-    "left-padding",
-    "right-padding",
-    "additive-min",
-    "additive-inf",
-    "per-head-window",
-    "per-head-bias",
-    "prefix",
-)
 
 
 def choose(batch, groups, n, p, seed=0):

@@ -5,19 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.cases import MASKS
 
 from zipvl_compile.kernels.token_scores import probe_rows, token_scores
-
-MASKS = (
-    "none",
-    "left-padding",
-    "right-padding",
-    "additive-min",
-    "additive-inf",
-    "per-head-window",
-    "per-head-bias",
-    "prefix",
-)
 
 
 def check(paper, cases, q, k, mask=None, is_causal=True, scale=None, recent=9, random=7, groups=1):
