@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test bench gpu system lint train clean
+.PHONY: demo test test-models bench gpu system lint train clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# Every family of models through everything; writes docs/models.md.
+test-models: $(STAMP)
+	rm -rf build/families
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m models tests/models/test_families.py
+	$(BIN)/python tests/families/table.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only -s

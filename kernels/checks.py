@@ -52,18 +52,18 @@ def check_positions(operator: str, positions: torch.Tensor, batch: int, heads: i
 
 
 def check_mask(operator: str, mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> None:
-    """Check that `mask` is bool or float and broadcasts to `[B, Hq, m, keys]` over batch and heads."""
+    """Check that `mask` is bool or float and broadcasts to `[B, Hq, m, keys]` over batch, heads and queries."""
     if mask is None:
         return
     if mask.dim() != 4:
         fail(operator, "mask", "a [batch, heads, queries, keys] tensor", list(mask.shape), "Unsqueeze it.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         fail(operator, "mask", "bool (True = visible) or an additive float", mask.dtype, "Convert it.")
-    ok = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
-    if not ok or mask.shape[2] != q.shape[2] or mask.shape[3] != keys:
+    ok = all(mask.shape[i] in (1, q.shape[i]) for i in (0, 1, 2))
+    if not ok or mask.shape[3] != keys:
         fail(
             operator, "mask", f"a shape that broadcasts to {[*q.shape[:3], keys]}", list(mask.shape),
-            "Give one row per query and one column per key.",
+            "Give one row, or one per query, and one column per key.",
         )  # fmt: skip
 
 

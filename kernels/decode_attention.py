@@ -1,7 +1,7 @@
 """Attention of new tokens over the compacted cache, and the append that precedes it.
 
     keys = [K[T]; later keys],  the i-th of them at logical position  T_i  for i < P,  prompt + i - P  after that
-    o = softmax(scale * q . keys^T + mask[:, positions]) values
+    o = softmax(cap(scale * q . keys^T) + mask[:, positions]) values
 
 The buffer has spare rows, so appending writes the new tokens in place and copies nothing.
 
@@ -11,9 +11,9 @@ Source: ZipVL (arXiv 2410.08584), decoding over the KV cache of important tokens
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
+from zipvl_compile.kernels.dense_attention import dense_attention
 from zipvl_compile.kernels.masks import take
 
 
@@ -77,6 +77,7 @@ def _decode_attention(
     n: int,
     mask: torch.Tensor | None,
     scale: float | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     batch, heads, m, _ = q.shape
     kv_heads = keys.shape[1]
@@ -93,12 +94,12 @@ def _decode_attention(
     if mask is None:
         # Every new token sees the whole cache, so the queries of one KV head can share one pass over it.
         packed = q.reshape(batch, kv_heads, heads // kv_heads * m, q.shape[3])
-        result = F.scaled_dot_product_attention(packed, k, v, scale=scale)
+        result = dense_attention(packed, k, v, None, False, scale, softcap)
         return out.copy_(result.view(batch, heads, m, v.shape[3]))
     where = cached_positions(positions, prompt, n)
     where = where if where.shape[1] == 1 else per_head(where, heads)
     bias = take(mask, batch, None, where)  # [B, 1 or Hq, m, length]
-    return out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=heads != kv_heads))
+    return out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
 
 
 def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,7 @@ def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @_decode_attention.register_fake
-def _(q, keys, values, positions, prompt, n, mask, scale):
+def _(q, keys, values, positions, prompt, n, mask, scale, softcap):
     return _empty_output(q, values)
 
 
@@ -120,6 +121,7 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend from new tokens to the compacted cache, whose last tokens they are.
 
@@ -129,8 +131,9 @@ def decode_attention(
         positions: int64 `[B, G, P]` of the kept prompt tokens.
         prompt: prompt length in tokens.
         n: logical length in tokens; the buffers hold `P + n - prompt` of them.
-        mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m, n]`; None shows everything.
+        mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m or 1, n]`; None shows everything.
         scale: of the scores; None is `D ** -0.5`.
+        softcap: of the scaled scores; None is none.
 
     Returns:
         `[B, Hq, m, Dv]`, token-major in memory.
@@ -140,4 +143,4 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale)
+    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap)

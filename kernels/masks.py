@@ -1,6 +1,6 @@
 """What an attention mask says: which keys a query sees, and the part of it over chosen rows and columns.
 
-A mask is bool (True = visible) or an additive float, `[B or 1, H or 1, queries, keys]`.
+A mask is bool (True = visible) or an additive float, `[B or 1, H or 1, queries or 1, keys]`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def take(mask: torch.Tensor, batch: int, rows: torch.Tensor | None, columns: tor
     """Gather mask rows and columns by positions.
 
     Args:
-        mask: `[B or 1, H or 1, queries, keys]`.
+        mask: `[B or 1, H or 1, queries or 1, keys]`.
         batch: B.
         rows: int64 `[B, H', m]` query positions, or None for all. `H'` is 1 or the number of heads.
         columns: int64 `[B, H', P]` key positions, or None for all.
 
     Returns:
-        `[B, max(H, H'), m, P]`, same dtype as `mask`.
+        `[B, max(H, H'), m or 1, P]`, same dtype as `mask`; one row stays one row.
     """
     heads = max([mask.shape[1], *(p.shape[1] for p in (rows, columns) if p is not None)])
     mask = mask.expand(batch, heads, -1, -1)
-    if rows is not None:
+    if rows is not None and mask.shape[2] > 1:
         index = rows.expand(-1, heads, -1).unsqueeze(3)  # [B, H, m, 1]
         mask = mask.gather(2, index.expand(-1, -1, -1, mask.shape[3]))
     if columns is not None:

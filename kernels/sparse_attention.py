@@ -1,7 +1,7 @@
 """Prefill attention among the kept tokens only.
 
-    o[b, h, T_i] = softmax(scale * q[T_i] . K[T]^T + mask[T_i, T]) V[T]      kept queries
-    o[b, h, i]   = 0                                                        for i not in T   (queries="selected")
+    o[b, h, T_i] = softmax(cap(scale * q[T_i] . K[T]^T) + mask[T_i, T]) V[T]      kept queries
+    o[b, h, i]   = 0                                                             for i not in T   (queries="selected")
 
 T is ascending, so a causal mask over kept tokens is again a plain causal mask and the work is dense attention
 over p tokens. With `all_queries`, every query attends to the kept keys that it may see.
@@ -12,9 +12,9 @@ Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
+from zipvl_compile.kernels.dense_attention import dense_attention
 from zipvl_compile.kernels.masks import causal, take, visible
 
 
@@ -32,6 +32,7 @@ def _sparse_attention(
     mask: torch.Tensor | None,
     is_causal: bool,
     scale: float | None,
+    softcap: float | None,
     all_queries: bool,
 ) -> torch.Tensor:
     batch, heads, n, _ = q.shape
@@ -48,13 +49,12 @@ def _sparse_attention(
         return out
     # One group serves all heads unless each KV head keeps its own tokens.
     where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
-    gqa = heads != k.shape[1]
     if all_queries and p < n:  # where every token is kept, this is the dense attention below
         bias = None if mask is None else take(mask, batch, None, where)
         if is_causal:
             shown = causal(torch.arange(n, device=q.device), where)  # [B, 1 or Hq, n, P]
             bias = shown if bias is None else _hide(bias, shown)
-        out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa))
+        out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
         if bias is not None:  # a query that sees no kept key gets no attention output
             out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
         return out
@@ -66,9 +66,7 @@ def _sparse_attention(
         bias = take(mask, batch, where, where)
     if bias is not None and is_causal:
         bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
-    kept = F.scaled_dot_product_attention(
-        kept_q, k, v, attn_mask=bias, is_causal=is_causal and bias is None, scale=scale, enable_gqa=gqa
-    )  # [B, Hq, P, Dv]
+    kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
     if p == n:
         return out.copy_(kept)
     out.zero_()
@@ -81,7 +79,7 @@ def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
 
 
 @_sparse_attention.register_fake
-def _(q, k, v, positions, mask, is_causal, scale, all_queries):
+def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries):
     return _empty_output(q, v)
 
 
@@ -94,6 +92,7 @@ def sparse_attention(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     all_queries: bool = False,
 ) -> torch.Tensor:
     """Attend among the kept tokens and write the results to their rows.
@@ -102,9 +101,10 @@ def sparse_attention(
         q: queries of every token `[B, Hq, n, D]`.
         k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`; only the first `P` rows are read.
         positions: int64 `[B, G, P]`, ascending, where the kept tokens stand in the prompt.
-        mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n, n]`.
+        mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n or 1, n]`.
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
+        softcap: of the scaled scores; None is none.
         all_queries: give every query, not only the kept ones, its attention output.
 
     Returns:
@@ -115,4 +115,4 @@ def sparse_attention(
 
     Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
     """
-    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, all_queries)
+    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries)

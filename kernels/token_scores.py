@@ -1,8 +1,10 @@
 """How much attention every token gets, measured on a few probe rows.
 
-    A[b,h,i,j] = softmax_j(scale * q[b,h,i] . k[b,h,j] + mask[b,h,i,j])        for i in the probe rows R
+    A[b,h,i,j] = softmax_j(cap(scale * q[b,h,i] . k[b,h,j]) + mask[b,h,i,j])   for i in the probe rows R
     accumulated[b,g,j] = mean_{h in g} sum_{i in R} A[b,h,i,j]                 sums to the valid probe rows
     visible[b,j]       = number of rows in R that may see token j              (nnz in the paper)
+
+`cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one.
 
 R is the `recent` newest rows and `random` rows drawn, seeded, from the others. `accumulated / visible` is the
 normalised score, which does not favour old tokens only because more rows can see them.
@@ -17,6 +19,7 @@ import functools
 import torch
 
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
+from zipvl_compile.kernels.dense_attention import soft_capped
 from zipvl_compile.kernels.masks import causal, visible
 
 
@@ -48,6 +51,7 @@ def _token_scores(
     mask: torch.Tensor | None,
     is_causal: bool,
     scale: float | None,
+    softcap: float | None,
     recent: int,
     random: int,
     seed: int,
@@ -73,7 +77,8 @@ def _token_scores(
     may_see = causal(rows, columns)[None, None] if is_causal else None  # [1, 1, m, n]
     bias = None
     if mask is not None:
-        mask = mask.index_select(2, rows)
+        several = mask.shape[2] > 1
+        mask = mask.index_select(2, rows) if several else mask.expand(-1, -1, rows.numel(), -1)
         shown = visible(mask)
         may_see = shown if may_see is None else shown & may_see
         bias = mask.to(dtype) if mask.is_floating_point() else None
@@ -89,6 +94,7 @@ def _token_scores(
         heads = slice(head * factor, (head + 1) * factor)
         probes = q[:, heads].index_select(2, rows).to(dtype) * scale  # [B, factor, m, D]
         scores = probes @ k[:, head, None].to(dtype).transpose(-1, -2)  # [B, factor, m, n]
+        scores = soft_capped(scores, softcap)
         if bias is not None:
             scores += bias if bias.shape[1] == 1 else bias[:, heads]
         if may_see is not None:
@@ -103,7 +109,7 @@ def _token_scores(
 
 
 @_token_scores.register_fake
-def _(q, k, mask, is_causal, scale, recent, random, seed, groups):
+def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, _, n, _ = q.shape
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
@@ -116,6 +122,7 @@ def token_scores(
     *,
     is_causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     recent: int = 64,
     random: int = 64,
     seed: int = 0,
@@ -126,9 +133,10 @@ def token_scores(
     Args:
         q: queries `[B, Hq, n, D]`, fp16, bf16, fp32 or fp64.
         k: keys `[B, Hkv, n, D]`, same dtype; `Hkv` divides `Hq`.
-        mask: bool (True = visible) or additive float, `[B or 1, Hq or 1, n, n]`.
+        mask: bool (True = visible) or additive float, `[B or 1, Hq or 1, n or 1, n]`.
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
+        softcap: of the scaled scores; None is none.
         recent, random, seed: the probe rows, see `probe_rows`.
         groups: 1 averages all heads, `Hkv` keeps a score per KV head.
 
@@ -140,4 +148,4 @@ def token_scores(
 
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
-    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, recent, random, seed, groups)
+    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)

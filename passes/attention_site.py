@@ -1,10 +1,6 @@
-"""Attention sites: every scaled-dot-product attention of a graph, in one canonical form.
+"""Attention sites: one canonical form of every attention, however the model wrote it.
 
-Dynamo graphs hold the call in two GQA forms, which `find` reads as one:
-
-    sdpa(q, k, v, enable_gqa=True)                                            k [B, Hkv, n, D]
-    sdpa(q, reshape(expand(k[:, :, None], g)), reshape(expand(v[:, :, None], g)))
-    sdpa(q, repeat_interleave(k, g, dim=1), repeat_interleave(v, g, dim=1))
+`normalize_attention.find` makes them; the passes read and replace them.
 """
 
 from __future__ import annotations
@@ -14,23 +10,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph_edit import calls, example
-
-SDPA = F.scaled_dot_product_attention
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+from zipvl_compile.passes.graph_edit import erase_orphans, erase_unread, example, insert_call
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention: its node and its inputs, heads not repeated.
+    """One attention: the node that gives its output, and its inputs, heads not repeated.
 
-    `query [B, Hq, m, D]`, `key [B, Hkv, n, D]`, `value [B, Hkv, n, Dv]`; `mask` is None or
-    `[B or 1, Hq or 1, m, n]`; `scale` None is `D ** -0.5`. `inputs` are K and V as the call reads them, which differ
-    from `key` and `value` where their heads are repeated.
+    `query [B, Hq, m, D]`, `key [B, Hkv, n, D]`, `value [B, Hkv, n, Dv]`. `inputs` are K and V as the attention reads
+    them, which differ from `key` and `value` where their heads are repeated.
+
+    Attributes:
+        mask: None, or bool or additive float, `[B or 1, Hq or 1, m or 1, n]` or fewer leading axes.
+        mask_hides: a True of the mask hides its key, as in `masked_fill`.
+        scale: of the scores, a number or a node that gives one; None is `D ** -0.5`.
+        softcap: c of `c * tanh(scores / c)`.
+        interior: nodes that only this attention uses, from the output upwards; empty for a single call.
+        merged: batch and heads are one axis of the output, `[B * Hq, m, Dv]`.
+        form: how the model writes it, in words.
     """
 
     node: Node
@@ -39,9 +39,14 @@ class AttentionSite:
     value: Node
     mask: Node | None
     is_causal: bool
-    scale: float | None
+    scale: float | Node | None
     dropout: float
     inputs: tuple[Node, Node]
+    mask_hides: bool = False
+    softcap: float | None = None
+    interior: tuple[Node, ...] = ()
+    merged: bool = False
+    form: str = "scaled_dot_product_attention"
 
     def as_read(self) -> AttentionSite:
         """Return the site with K and V as the call reads them, heads repeated: for caches that hold them so."""
@@ -51,6 +56,14 @@ class AttentionSite:
     def name(self) -> str:
         """Return the path of the module that holds the attention, or the node's name where Dynamo lost it."""
         return module_path(self.node)
+
+    def replace_with(self, out: Node) -> None:
+        """Put `out [B, Hq, m, Dv]` in the place of the attention and erase what only the attention used."""
+        if self.merged:
+            out = insert_call(self.node, torch.flatten, (out, 0, 1))
+        self.node.replace_all_uses_with(out)
+        erase_unread([self.node, *self.interior])
+        erase_orphans(self.inputs)
 
 
 def module_path(node: Node) -> str:
@@ -65,71 +78,8 @@ def module_path(node: Node) -> str:
     return path.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
 
 
-def find(graph: Graph) -> list[AttentionSite]:
-    """Return the attention sites of `graph`, in execution order."""
-    return [site for node in calls(graph, SDPA) if (site := _read(node)) is not None]
-
-
-def _read(node: Node) -> AttentionSite | None:
-    given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-    query, key, value = given["query"], given["key"], given["value"]
-    shapes = [example(x) for x in (query, key, value)]
-    if any(not isinstance(x, torch.Tensor) or x.dim() != 4 for x in shapes):
-        return None
-    return AttentionSite(
-        node=node,
-        query=query,
-        key=without_head_repeat(key),
-        value=without_head_repeat(value),
-        mask=given.get("attn_mask"),
-        is_causal=bool(given.get("is_causal", False)),
-        scale=given.get("scale"),
-        dropout=given.get("dropout_p", 0.0),
-        inputs=(key, value),
-    )
-
-
-def without_head_repeat(node: Node) -> Node:
-    """Return `x [B, Hkv, n, D]` where `node` repeats its heads to `[B, Hkv * g, n, D]`, else `node` itself."""
-    base = _expanded_base(node) or _interleaved_base(node)
-    return node if base is None or changed_in_place(node) else base
-
-
-def _expanded_base(node: Node) -> Node | None:
-    """Match `reshape(expand(x[:, :, None, :, :], B, H, g, n, D), B, H * g, n, D)`."""
-    if not (node.op == "call_method" and node.target in ("reshape", "view")):
-        return None
-    expanded = node.args[0]
-    if not (isinstance(expanded, Node) and expanded.op == "call_method" and expanded.target == "expand"):
-        return None
-    inserted = expanded.args[0]
-    if not (isinstance(inserted, Node) and inserted.target is operator.getitem):
-        return None
-    full = slice(None, None, None)
-    index = inserted.args[1]
-    if index not in ((full, full, None), (full, full, None, full, full)):
-        return None
-    base = inserted.args[0]
-    source, wide, out = example(base), example(expanded), example(node)
-    same = wide.dim() == 5 and out.dim() == 4 and _same(wide.shape[:2] + wide.shape[3:], source.shape)
-    if same and _same(out.shape, (source.shape[0], source.shape[1] * wide.shape[2], *source.shape[2:])):
-        return base if isinstance(base, Node) else None
-    return None
-
-
-def _interleaved_base(node: Node) -> Node | None:
-    """Match `x.repeat_interleave(g, dim=1)` with an integer `g`."""
-    is_method = node.op == "call_method" and node.target == "repeat_interleave"
-    if not (is_method or node.target is torch.repeat_interleave):
-        return None
-    given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    if isinstance(given.get("repeats"), int) and given.get("dim") in (1, -3):
-        source = given["input"]
-        return source if isinstance(source, Node) else None
-    return None
-
-
-def _same(left: Any, right: Any) -> bool:
+def same_shape(left: Any, right: Any) -> bool:
+    """Return whether two shapes are known to be equal."""
     return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
 
 
@@ -146,11 +96,14 @@ def _writes(user: Node) -> bool:
     if isinstance(user.target, torch._ops.OpOverload):
         return user.target._schema.is_mutable
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__") and user.target not in _NAMED_LIKE_WRITES
     return in_place or name in ("setitem", "__setitem__") or user.target in _IN_PLACE_OPERATORS
 
 
-_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior)
+_NAMED_LIKE_WRITES = (operator.and_, operator.or_, operator.not_)
+_IN_PLACE_OPERATORS = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+)  # fmt: skip
 _VIEWS = ("getitem", "expand", "reshape", "view", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "flatten")
 
 
@@ -160,13 +113,15 @@ def _is_view(user: Node) -> bool:
 
 
 def mask_fits(site: AttentionSite) -> bool:
-    """Return whether the mask is a `[B or 1, Hq or 1, m, n]` tensor, the form that the operators read."""
+    """Return whether the mask broadcasts to `[B, Hq, m, n]` over batch, heads and queries, as the operators read it."""
     if site.mask is None:
         return True
     mask, q, k = example(site.mask), example(site.query), example(site.key)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+    if not isinstance(mask, torch.Tensor) or not 2 <= mask.dim() <= 4:
         return False
-    leading = all(
-        statically_known_true(mask.shape[i] == 1) or statically_known_true(mask.shape[i] == q.shape[i]) for i in (0, 1)
-    )
-    return leading and _same(mask.shape[2:], (q.shape[2], k.shape[2]))
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])[-mask.dim() :]
+    leading = zip(mask.shape[:-1], sizes[:-1], strict=True)
+    fits = all(statically_known_true(have == 1) or statically_known_true(have == want) for have, want in leading)
+    return fits and statically_known_true(mask.shape[-1] == sizes[-1])

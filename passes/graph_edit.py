@@ -69,10 +69,42 @@ def calls(graph: Graph, target: Callable[..., Any]) -> list[Node]:
     return [node for node in graph.nodes if is_call(node, target)]
 
 
+def op_name(node: Node) -> str:
+    """Return what a node does, whichever way it was called: `x & y`, `x.__and__(y)` and `operator.and_` are "and".
+
+    In-place calls keep their own names: "masked_fill_", "iadd", "setitem".
+    """
+    if node.op == "call_method":
+        name = str(node.target)
+    else:
+        target = getattr(node.target, "overloadpacket", node.target)
+        name = getattr(target, "__name__", str(target))
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    return {"and_": "and", "or_": "or", "not_": "not"}.get(name, name)
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """Return the positional arguments of a call."""
+    return node.args
+
+
+def arguments(node: Node, *names: str) -> dict[str, Any]:
+    """Return the arguments of a call by name, `names` in the order of its positional ones."""
+    return dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
+
+
 _PURE_FUNCTIONS = (
     operator.getitem, torch.repeat_interleave, ops.token_positions, ops.gather_tokens, ops.kv_view,
 )  # fmt: skip
 _PURE_METHODS = ("expand", "reshape", "view", "unsqueeze", "repeat_interleave", "size")
+
+
+def erase_unread(nodes: Iterable[Node]) -> None:
+    """Erase those of `nodes`, all known to be pure and given readers first, that nobody reads any more."""
+    for node in nodes:
+        if not node._erased and not node.users:
+            node.graph.erase_node(node)
 
 
 def erase_orphans(nodes: Iterable[Any]) -> None:

@@ -1,7 +1,8 @@
 """The attention that no pass rewrote: left as it is, and named with the reason.
 
-This pass changes nothing. It runs last, so that a report lists every attention of the graph: a decoder that stays
-dense is never silent, and a vision tower that should stay dense says so.
+This pass changes nothing. It runs last, so that a report lists every attention of the graph and every KV cache that no
+attention reads: a decoder that stays dense is never silent, and a vision tower that should stay dense says so. Only a
+hand-written attention of an unknown form that reads no cache goes unlisted: nothing tells it from any other softmax.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes import attention_site, read_compact_cache, sparsify_prefill
-from zipvl_compile.passes.attention_site import AttentionSite
+from zipvl_compile.passes import eager_attention, masks, normalize_attention, read_compact_cache, sparsify_prefill
+from zipvl_compile.passes.attention_site import AttentionSite, module_path
 from zipvl_compile.passes.graph_edit import calls, example, is_call
+from zipvl_compile.passes.normalize_attention import NearMiss
 from zipvl_compile.passes.pass_report import Kind, PassReport, SiteOutcome
+from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
 
 ops = torch.ops.zipvl
 
@@ -26,15 +29,16 @@ def apply(graph: Graph) -> PassReport:
     report = PassReport("leave_dense")
     refused = {site.node for site, _ in sparsify_prefill.find(graph)}
     refused |= {site.node for site in read_compact_cache.find(graph)}
-    sites = attention_site.find(graph)
+    sites, misses = normalize_attention.find(graph), normalize_attention.near_misses(graph)
     report.sites = [classify(site) for site in sites if site.node not in refused]
-    read = {site.node for site in sites}
+    unread = _caches_without_attention(graph, sites, misses)
+    explained = {miss.node for _, miss in unread if miss is not None}
+    report.sites += [outcome for outcome, _ in unread]
     report.sites += [
-        SiteOutcome(attention_site.module_path(node), "other", "inputs are not [batch, heads, tokens, head_dim]", True)
-        for node in calls(graph, attention_site.SDPA)
-        if node not in read
+        SiteOutcome(module_path(miss.node), "other", str(miss), by_design=True)
+        for miss in misses
+        if not eager_attention.is_softmax(miss.node) and miss.node not in explained
     ]
-    report.sites += _caches_without_attention(graph, sites)
     return report
 
 
@@ -44,12 +48,15 @@ def classify(site: AttentionSite) -> SiteOutcome:
     cached: Kind = "prefill" if same_length else "decode"
     if is_call(site.key, ops.kv_view) or any(is_call(user, ops.token_positions) for user in site.key.users):
         return SiteOutcome(site.name, cached, "keys and values are not cached by the same layer")
+    if is_cross_attention(site):
+        return SiteOutcome(site.name, "other", CROSS_ATTENTION, by_design=True)
     if _grows(site.key) and any(_is_window(user) for user in site.key.users):
-        return SiteOutcome(site.name, cached, "sliding window: the cache holds one window only", by_design=True)
+        return SiteOutcome(site.name, cached, "sliding window or chunks: the cache holds one window only", by_design=True)
     if _grows(site.key):
-        reason = "KV cache without zipvl layers: let the model make its cache, or use DynamicCache(config=model.config)"
-        return SiteOutcome(site.name, cached, reason)
-    if site.is_causal:
+        return SiteOutcome(site.name, cached, FOREIGN_CACHE)
+    if _has_cache(site):
+        return SiteOutcome(site.name, cached, OTHER_CACHE)
+    if site.is_causal or _is_causal(site):
         reason = "no KV cache: the call has use_cache=False, or needs gradients"
     elif same_length:
         reason = "no KV cache: a vision tower or an encoder"
@@ -58,28 +65,76 @@ def classify(site: AttentionSite) -> SiteOutcome:
     return SiteOutcome(site.name, "other", reason, by_design=True)
 
 
-def _caches_without_attention(graph: Graph, sites: list[AttentionSite]) -> list[SiteOutcome]:
-    """Name the cache layers that none of the `sites` reads."""
+FOREIGN_CACHE = (
+    "KV cache without zipvl layers: the model has cache layers of its own, or the cache was made without "
+    "DynamicCache(config=model.config)"
+)
+OTHER_CACHE = "the KV cache holds something else than keys and values: latents, an index or a state"
+
+
+def _is_causal(site: AttentionSite) -> bool:
+    return site.mask is not None and "causal" in masks.read(site.mask, site.mask_hides).parts
+
+
+def _has_cache(site: AttentionSite) -> bool:
+    """Return whether the site's own module extends a tensor along the token axis, above its keys."""
+    seen, todo = set(), [site.key]
+    while todo:
+        node = todo.pop()
+        if node in seen or module_path(node) != site.name or node.op == "placeholder":
+            continue
+        seen.add(node)
+        if _grows(node):
+            return True
+        todo.extend(node.all_input_nodes)
+    return False
+
+
+def _caches_without_attention(
+    graph: Graph, sites: list[AttentionSite], misses: list[NearMiss]
+) -> list[tuple[SiteOutcome, NearMiss | None]]:
+    """Name the cache layers that none of the `sites` reads, each with the near miss that explains it."""
     read = {x for site in sites for x in (*site.inputs, site.key, site.value)}
+    attended: dict[Node, AttentionSite | NearMiss] = {site.node: site for site in sites}
+    attended |= {miss.node: miss for miss in misses}
     outcomes = []
+    layers = set()  # a layer has a view of its keys and one of its values
     for kind, marker in _MARKERS.items():
         for node in calls(graph, marker):
-            source = _source(node)
+            source, layer = _source(node), node.args[1:] or node
+            if layer in layers:
+                continue
             # A rewritten prefill that keeps its cache full reads K in token_scores.
             if source not in read and not any(is_call(user, ops.token_scores) for user in source.users):
-                outcomes.append(SiteOutcome(attention_site.module_path(node), kind, _unread(source)))
+                layers.add(layer)
+                nearest = _nearest(source, attended)
+                miss = nearest if isinstance(nearest, NearMiss) else None
+                outcomes.append((SiteOutcome(module_path(node), kind, _unread(source, nearest)), miss))
     return outcomes
 
 
-def _unread(source: Node) -> str:
+def _nearest(source: Node, attended: dict[Node, AttentionSite | NearMiss]) -> AttentionSite | NearMiss | None:
+    """Return the first attention, or near miss, that the cached tensor flows into."""
+    reached, node = {source}, source.next
+    while node.op != "output":
+        if not reached.isdisjoint(node.all_input_nodes):
+            if node in attended:
+                return attended[node]
+            reached.add(node)
+        node = node.next
+    return None
+
+
+def _unread(source: Node, nearest: AttentionSite | NearMiss | None) -> str:
     """Return why nothing recognisable attends to `source`."""
     stored = (ops.token_positions, ops.gather_tokens)
     if all(user.op == "output" or any(is_call(user, store) for store in stored) for user in source.users):
         return "a graph break lies between the cache update and the attention"
-    return (
-        "attention is not scaled_dot_product_attention over the cached keys: "
-        "load the model with attn_implementation='sdpa'"
-    )
+    if isinstance(nearest, AttentionSite):
+        return "latent KV cache: the attention reads keys and values that are computed from what the cache holds"
+    if nearest is None:
+        return "no attention over the cached keys: load the model with attn_implementation='sdpa'"
+    return f"not recognised as attention ({nearest}): load the model with attn_implementation='sdpa'"
 
 
 _MARKERS: dict[Kind, Callable] = {"prefill": ops.token_positions, "decode": ops.kv_view}
@@ -101,4 +156,4 @@ def _is_window(node: Node) -> bool:
 def _grows(node: Node) -> bool:
     """Return whether `node` concatenates keys along the token axis, as caches do."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    return is_call(node, torch.cat) and dim in (2, -2)
+    return is_call(node, torch.cat) and dim in (2, -2) and example(node).dim() == 4

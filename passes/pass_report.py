@@ -17,12 +17,14 @@ class SiteOutcome:
         kind: "prefill" or "decode" of a KV cache; "other" is attention without one.
         reason: why it stays dense; empty where it was rewritten.
         by_design: staying dense is what should happen, as for a vision tower; nobody needs a warning.
+        mask: what the mask of a prefill computes, such as "causal + padding"; empty where nobody asked.
     """
 
     layer: str
     kind: Kind
     reason: str = ""
     by_design: bool = False
+    mask: str = field(default="", compare=False)
 
     @property
     def rewritten(self) -> bool:

@@ -9,7 +9,7 @@ Before (the cache layer traced `kv_view`, a tensor of logical length `n` that on
 After:
 
     append_tokens(key_buffer, value_buffer, k, v, at)
-    out = decode_attention(q, key_buffer, value_buffer, positions, prompt, n, mask, scale)
+    out = decode_attention(q, key_buffer, value_buffer, positions, prompt, n, mask, scale, softcap)
 
 Source: decoding over the KV cache of important tokens, arXiv 2410.08584.
 """
@@ -21,9 +21,10 @@ from torch.fx import Graph
 
 from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import kv_view as _view  # noqa: F401
-from zipvl_compile.passes import attention_site
+from zipvl_compile.passes import attention_site, normalize_attention
 from zipvl_compile.passes.attention_site import AttentionSite
-from zipvl_compile.passes.graph_edit import erase_orphans, example, insert_call, is_call
+from zipvl_compile.passes.graph_edit import example, insert_call, is_call
+from zipvl_compile.passes.masks import four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
 
 ops = torch.ops.zipvl
@@ -33,7 +34,7 @@ def find(graph: Graph) -> list[AttentionSite]:
     """Return the sites whose keys and values are views of a compacted cache."""
     return [
         site
-        for site in attention_site.find(graph)
+        for site in normalize_attention.find(graph)
         if is_call(site.key, ops.kv_view) and is_call(site.value, ops.kv_view)
     ]
 
@@ -55,14 +56,13 @@ def rewrite(site: AttentionSite) -> None:
     """Put `decode_attention` over the physical buffers in the place of the site."""
     keys, positions, prompt, n = site.key.args
     values = site.value.args[0]
+    mask = None if site.mask is None else four_axes(site.mask, site.node, site.mask_hides)
     out = insert_call(
         site.node,
         ops.decode_attention.default,
-        (site.query, keys, values, positions, prompt, n, site.mask, site.scale),
+        (site.query, keys, values, positions, prompt, n, mask, site.scale, site.softcap),
     )
-    site.node.replace_all_uses_with(out)
-    site.node.graph.erase_node(site.node)
-    erase_orphans(site.inputs)
+    site.replace_with(out)
 
 
 def apply(graph: Graph) -> PassReport:

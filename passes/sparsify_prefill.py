@@ -17,25 +17,31 @@ After:
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
 With `drop=False` the cache keeps its full-length nodes, and the attention gets gathers of its own.
+
+Several attentions may read the K and V of one cache layer (shared KV: Gemma 3n, Gemma 4). The first one selects; the
+others attend among the same kept tokens, since the cache will hold no others when they decode.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
 from zipvl_compile.kernels import select_tokens as _select  # noqa: F401
 from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
 from zipvl_compile.kernels import token_scores as _score  # noqa: F401
-from zipvl_compile.passes import attention_site
+from zipvl_compile.passes import attention_site, normalize_attention
 from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
+from zipvl_compile.passes.masks import CanonicalMasks, four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
-from zipvl_compile.passes.token_source import is_cross_attention
+from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
 
 ops = torch.ops.zipvl
 
@@ -45,7 +51,7 @@ def find(graph: Graph) -> list[tuple[AttentionSite, Node]]:
     markers = {node.args[0]: node for node in calls(graph, ops.token_positions)}
     return [
         (form, markers[form.key])
-        for site in attention_site.find(graph)
+        for site in normalize_attention.find(graph)
         for form in (site,) + (() if site.key is site.inputs[0] else (site.as_read(),))
         if form.key in markers and _gathers_of(form.value, markers[form.key])
     ]
@@ -74,68 +80,105 @@ def is_short(site: AttentionSite, min_tokens: int) -> str:
     return "" if n >= min_tokens else f"prompt shorter than min_tokens={min_tokens}"
 
 
-def is_legal(site: AttentionSite, positions: Node, readers: int) -> str:
+def is_legal(site: AttentionSite, positions: Node) -> str:
     """Return why the site must stay dense, or an empty string."""
     q, k = example(site.query), example(site.key)
-    if site.dropout:
-        return f"attention dropout {site.dropout}: the model is training"
-    if readers > 1:
-        return f"shared KV: {readers} attentions read this layer's cache"
     if any(attention_site.changed_in_place(x) for x in (site.key, site.value)):
         return "keys or values are changed in place"
     if not _only_cached(positions):
         return "the layer's cache is read again in the same graph"
+    if is_cross_attention(site):
+        return CROSS_ATTENTION
     if not statically_known_true(q.shape[2] == k.shape[2]):
         return f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
-    if not statically_known_true(q.shape[0] == k.shape[0]):
-        return f"batch {q.shape[0]} of queries over batch {k.shape[0]} of keys"
-    if is_cross_attention(site):
-        return "cross-attention: queries and keys come from different hidden states"
+    if unreadable := _is_readable(site):
+        return unreadable
     if site.mask is None and not site.is_causal:
         return "no causal mask: cross-attention or an encoder"
+    return ""
+
+
+def _is_readable(site: AttentionSite) -> str:
+    """Return why the operators cannot read the site's inputs, or an empty string."""
+    q, k = example(site.query), example(site.key)
+    if site.dropout:
+        return f"attention dropout {site.dropout}: the model is training"
+    if not statically_known_true(q.shape[0] == k.shape[0]):
+        return f"batch {q.shape[0]} of queries over batch {k.shape[0]} of keys"
     if not attention_site.mask_fits(site):
         return f"mask of shape {list(example(site.mask).shape)} is not [batch, heads, queries, keys]"
     return ""
 
 
-def rewrite(
-    site: AttentionSite,
-    marker: Node,
-    *,
-    tau: float,
-    keep_ratio: float | None,
-    recent: int,
-    random: int,
-    seed: int,
-    keep_recent: int,
-    all_queries: bool,
-    drop: bool,
-) -> None:
-    """Put scoring, selection and sparse attention in the place of the site's dense attention."""
-    node = site.node
-    scored = insert_call(
-        node,
-        ops.token_scores.default,
-        (site.query, site.key, site.mask, site.is_causal, site.scale, recent, random, seed, 1),
-    )
+def is_legal_reader(site: AttentionSite, owner: AttentionSite) -> str:
+    """Return why a further attention over the same keys and values must stay dense, or an empty string."""
+    if (site.key, site.value) != (owner.key, owner.value):
+        return "shared KV: this attention reads the keys and values of two cache layers"
+    if site.is_causal and not _reads_whole_prompt(site):
+        return "is_causal aligns queries with the first keys, not with the last"
+    return _is_readable(site)
+
+
+def _reads_whole_prompt(site: AttentionSite) -> bool:
+    return statically_known_true(example(site.query).shape[2] == example(site.key).shape[2])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens to keep, and what for: see `ZipVLOptions`."""
+
+    tau: float
+    keep_ratio: float | None
+    recent: int
+    random: int
+    seed: int
+    keep_recent: int
+    all_queries: bool
+    drop: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a layer keeps: their keys, values (with spare rows) and positions."""
+
+    keys: Node
+    values: Node
+    positions: Node
+
+
+def select(site: AttentionSite, marker: Node, mask: tuple[Node | None, bool], chosen: Selection) -> Kept:
+    """Insert scoring, selection and compaction before the site; the cache keeps the kept tokens."""
+    node, (rows, is_causal) = site.node, mask
+    probes = (chosen.recent, chosen.random, chosen.seed)
+    arguments = (site.query, site.key, rows, is_causal, site.scale, site.softcap, *probes, 1)
+    scored = insert_call(node, ops.token_scores.default, arguments)
     accumulated = insert_call(node, operator.getitem, (scored, 0))
     visible = insert_call(node, operator.getitem, (scored, 1))
-    positions = insert_call(node, ops.select_tokens.default, (accumulated, visible, tau, keep_ratio, keep_recent))
+    rule = (chosen.tau, chosen.keep_ratio, chosen.keep_recent)
+    positions = insert_call(node, ops.select_tokens.default, (accumulated, visible, *rule))
     cached = [_gathers_of(site.key, marker)[0], _gathers_of(site.value, marker)[-1]]
-    spare = cached[0].args[2] if drop else 0
+    spare = cached[0].args[2] if chosen.drop else 0
     kept = [insert_call(node, ops.gather_tokens.default, (x, positions, spare)) for x in (site.key, site.value)]
-    if drop:
+    if chosen.drop:
         for old, new in zip([*cached, marker], [*kept, positions], strict=True):
             old.replace_all_uses_with(new)
         erase_orphans([*cached, marker])
-    out = insert_call(
-        node,
-        ops.sparse_attention.default,
-        (site.query, *kept, positions, site.mask, site.is_causal, site.scale, all_queries),
-    )
-    node.replace_all_uses_with(out)
-    node.graph.erase_node(node)
-    erase_orphans(site.inputs)
+    return Kept(kept[0], kept[1], positions)
+
+
+def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: bool) -> None:
+    """Put attention among the kept tokens in the place of the site's dense attention."""
+    if _reads_whole_prompt(site):
+        rows, is_causal = masks.insert(site)
+        target = ops.sparse_attention.default
+        where: tuple = (kept.positions, rows, is_causal, site.scale, site.softcap, all_queries)
+    else:  # a reader of shared KV that has the newest queries only: it attends as if it decoded
+        n = example(site.key).shape[2]
+        n = n if isinstance(n, int) else insert_call(site.node, torch.ops.aten.sym_size.int, (site.key, 2))
+        mask = None if site.mask is None else four_axes(site.mask, site.node, site.mask_hides)
+        target = ops.decode_attention.default
+        where = (kept.positions, n, n, mask, site.scale, site.softcap)
+    site.replace_with(insert_call(site.node, target, (site.query, kept.keys, kept.values, *where)))
 
 
 def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
@@ -143,15 +186,27 @@ def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
 
     Args:
         min_tokens: shorter prompts stay dense (tokens).
-        selection: keyword arguments of `rewrite`.
+        selection: fields of `Selection`.
     """
     report = PassReport("sparsify_prefill")
-    found = find(graph)
-    for site, marker in found:
-        readers = sum(1 for _, other in found if other is marker)
+    chosen, masks = Selection(**selection), CanonicalMasks()
+    layers: dict[Node, tuple[AttentionSite, Kept] | None] = {}
+    for site, marker in find(graph):
+        reads_first = marker not in layers
         short = is_short(site, min_tokens)
-        reason = short or is_legal(site, marker, readers)
-        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design=bool(short)))
-        if not reason:
-            rewrite(site, marker, **selection)
+        if reads_first:
+            reason = short or is_legal(site, marker)
+        elif layers[marker] is None:
+            reason = short or "shared KV: the first attention over this layer's cache stays dense"
+        else:
+            reason = is_legal_reader(site, layers[marker][0])  # type: ignore[index]
+        by_design = bool(short) or reason == CROSS_ATTENTION
+        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design, str(masks.form(site))))
+        if reason:
+            layers.setdefault(marker, None)
+            continue
+        if reads_first:
+            layers[marker] = (site, select(site, marker, masks.insert(site), chosen))
+        attend(site, layers[marker][1], masks, chosen.all_queries)  # type: ignore[index]
+    masks.erase_unread()
     return report

@@ -16,6 +16,7 @@ from torch.fx import Node
 from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.graph_edit import is_call
 
+CROSS_ATTENTION = "cross-attention: queries and keys come from different hidden states"
 _LINEAR = torch.nn.functional.linear
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph
 
-from zipvl_compile.passes import attention_site
+from zipvl_compile.passes import normalize_attention
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
 
 log = logging.getLogger("zipvl_compile")
@@ -46,7 +46,7 @@ def record(passes: list[PassReport], graph: Graph, training: bool = False) -> Co
     sites = [site for report in passes for site in report.sites]
     if training:
         reason = "gradients are needed: call model.eval(), or run under torch.no_grad()"
-        sites = [SiteOutcome(site.name, "other", reason) for site in attention_site.find(graph)]
+        sites = [SiteOutcome(site.name, "other", reason) for site in normalize_attention.find(graph)]
     report = CompileReport(sites)
     if sites:
         _recent.append(report)

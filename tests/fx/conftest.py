@@ -147,10 +147,10 @@ def record():
 def by_the_paper(paper):
     """Return `by_the_paper(q, k, v, ...)`: output and kept positions in float64, for the selection of `record`."""
 
-    def compute(q, k, v, *, mask=None, is_causal=True, scale=None, **changed):
+    def compute(q, k, v, *, mask=None, is_causal=True, scale=None, softcap=None, **changed):
         chosen = SELECTION | changed
         rows = probe_rows(q.shape[2], chosen["recent"], chosen["random"], chosen["seed"])
-        look = {"mask": mask, "is_causal": is_causal, "scale": scale}
+        look = {"mask": mask, "is_causal": is_causal, "scale": scale, "softcap": softcap}
         scores, visible = paper.scores(q, k, rows, **look)
         kept = paper.selection(
             scores, visible, tau=chosen["tau"], keep_ratio=chosen["keep_ratio"], keep_recent=chosen["keep_recent"]

@@ -165,10 +165,6 @@ def causal_flag(modules, q, keys, values, kept):
     return modules.attend(q, *views(keys, values, kept), is_causal=True)
 
 
-def flat_mask(modules, q, keys, values, kept):
-    return modules.attend(q, *views(keys, values, kept), attn_mask=torch.ones(1, 21, dtype=torch.bool))
-
-
 def mask_of_one_column(modules, q, keys, values, kept):
     return modules.attend(q, *views(keys, values, kept), attn_mask=torch.ones(2, 1, 1, 1, dtype=torch.bool))
 
@@ -180,7 +176,6 @@ def other_positions(modules, q, keys, values, kept):
 REFUSED = {
     dropout: "attention dropout 0.25: the model is training",
     causal_flag: "is_causal aligns queries with the first keys, not with the last",
-    flat_mask: "mask of shape [1, 21] is not [batch, heads, queries, keys]",
     mask_of_one_column: "mask of shape [2, 1, 1, 1] is not [batch, heads, queries, keys]",
     other_positions: "keys and values come from different cache layers",
 }

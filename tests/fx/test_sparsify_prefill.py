@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fx.modules import REPEATS, Wrapped
+from torch import nn
 
 from zipvl_compile.passes.pass_report import SiteOutcome
 
@@ -244,21 +245,105 @@ def test_attention_in_both_directions_without_a_mask_stays_dense(record, modules
     assert_untouched(recorder, "no causal mask: cross-attention or an encoder")
 
 
-@pytest.mark.parametrize("shape", [(20, 20), (1, 20, 20), (2, 1, 1, 20), (1, 1, 20, 1)], ids=str)
-def test_mask_of_another_form_stays_dense(record, modules, shape):
-    mask = torch.ones(shape, dtype=torch.bool)
+def test_mask_of_another_form_stays_dense(record, modules):
+    mask = torch.ones(1, 1, 20, 1, dtype=torch.bool)
     _, recorder = record(modules.Prefill(), *modules.qkv(), mask)
-    assert_untouched(recorder, f"mask of shape {list(shape)} is not [batch, heads, queries, keys]")
+    assert_untouched(recorder, "mask of shape [1, 1, 20, 1] is not [batch, heads, queries, keys]")
 
 
-def test_two_attentions_of_one_cache_stay_dense(record, modules):
+@pytest.mark.parametrize("shape", [(20, 20), (1, 20, 20), (2, 1, 1, 20)], ids=str)
+def test_masks_with_fewer_axes_or_one_row_are_read(record, modules, by_the_paper, shape):
+    q, k, v = modules.qkv(seed=3)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[..., 0] = True
+    (out, *_, kept), recorder = record(modules.Prefill(), q, k, v, mask)
+    assert outcomes(recorder) == [("prefill", "")]
+    exact, positions = by_the_paper(q, k, v, mask=mask.expand(2, 1, 20, 20), is_causal=False)
+    assert np.array_equal(kept.numpy(), positions) and positions.shape[2] < 20
+    np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
+
+
+class SharedKV(nn.Module):
+    """Two attentions over one cache layer, the second with all queries or the newest `rows` only."""
+
+    def __init__(self, modules, rows=None, **second):
+        super().__init__()
+        self.modules, self.rows, self.second = modules, rows, second
+
+    def forward(self, q, k, v):
+        first = self.modules.attend(q, k, v, is_causal=True)
+        newest = q if self.rows is None else q[:, :, -self.rows :]
+        second = self.modules.attend(newest * 2, k, v, **self.second)
+        return first, second, *self.modules.cache(k, v)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
+def test_attentions_that_share_a_cache_share_its_kept_tokens(record, modules, by_the_paper, paper, drop, dynamic):
+    q, k, v = modules.qkv()
+    module = modules.Packed(SharedKV(modules, is_causal=True), q, k, v)
+    (first, second, keys, _, kept), recorder = record(module, modules.pack(q, k, v), dynamic=dynamic, drop=drop)
+    assert outcomes(recorder) == [("prefill", "")] * 2
+    exact, positions = by_the_paper(q, k, v)
+    assert positions.shape[2] < 20
+    np.testing.assert_allclose(first.numpy(), exact, rtol=1e-12, atol=1e-12)
+    exact = paper.attention(q * 2, k, v, positions, all_queries=False, mask=None, is_causal=True, scale=None)
+    np.testing.assert_allclose(second.numpy(), exact, rtol=1e-12, atol=1e-12)
+    if drop:
+        assert np.array_equal(kept.numpy(), positions) and keys.shape[2] == positions.shape[2] + modules.SPARE
+    else:
+        assert kept.shape[2] == 20 and torch.equal(keys[:, :, :20], k)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_sharing_attention_of_the_newest_query_reads_the_kept_tokens(record, modules, by_the_paper, paper, dynamic):
+    q, k, v = modules.qkv()
+    module = modules.Packed(SharedKV(modules, rows=1), q, k, v)
+    (_, second, *_), recorder = record(module, modules.pack(q, k, v), dynamic=dynamic)
+    assert outcomes(recorder) == [("prefill", "")] * 2
+    assert recorder.added[0]["zipvl.decode_attention"] == 1
+    _, positions = by_the_paper(q, k, v)
+    exact = paper.attention(q * 2, k, v, positions, all_queries=True, mask=None, is_causal=True, scale=None)
+    np.testing.assert_allclose(second.numpy(), exact[:, :, -1:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_sharing_attention_of_few_queries_keeps_its_own_mask(record, modules, by_the_paper, paper):
+    """Its mask counts from the first query: a triangle that is no causal mask of the newest tokens."""
+    q, k, v = modules.qkv()
+    mask = torch.ones(3, 20, dtype=torch.bool).tril(10)
+    module = modules.Packed(Wrapped(lambda q, k, v: shared_with_mask(modules, q, k, v)), q, k, v)
+    (_, second, _), recorder = record(module, modules.pack(q, k, v))
+    assert outcomes(recorder) == [("prefill", "")] * 2
+    _, positions = by_the_paper(q, k, v)
+    exact = paper.decode(q[:, :, -3:] * 2, k, v, positions, 20, mask=mask[None, None])
+    np.testing.assert_allclose(second.numpy(), exact, rtol=1e-12, atol=1e-12)
+
+
+def shared_with_mask(modules, q, k, v):
+    first = modules.attend(q, k, v, is_causal=True)
+    places = torch.arange(20)[None] <= torch.arange(3)[:, None] + 10
+    return first, modules.attend(q[:, :, -3:] * 2, k, v, attn_mask=places), modules.cache(k, v)
+
+
+def test_sharing_attention_with_a_misaligned_causal_flag_stays_dense(record, modules):
+    module = SharedKV(modules, rows=5, is_causal=True)
+    _, recorder = record(module, *modules.qkv())
+    assert outcomes(recorder) == [
+        ("prefill", ""),
+        ("prefill", "is_causal aligns queries with the first keys, not with the last"),
+    ]
+
+
+def test_nothing_is_shared_with_a_first_attention_that_stays_dense(record, modules):
     def shared(q, k, v):
-        stored = modules.cache(k, v)
-        return modules.attend(q, k, v, is_causal=True), modules.attend(q * 2, k, v, is_causal=True), stored
+        first = modules.attend(q, k, v, is_causal=True, dropout_p=0.25)
+        return first, modules.attend(q * 2, k, v, is_causal=True), modules.cache(k, v)
 
     _, recorder = record(Wrapped(shared), *modules.qkv())
-    reason = "shared KV: 2 attentions read this layer's cache"
-    assert outcomes(recorder) == [("prefill", reason)] * 2
+    assert outcomes(recorder) == [
+        ("prefill", "attention dropout 0.25: the model is training"),
+        ("prefill", "shared KV: the first attention over this layer's cache stays dense"),
+    ]
     assert not recorder.erased[0] and not recorder.added[0]
 
 

@@ -45,18 +45,20 @@ class Mask:
         return 0.0 if self.values is None or self.lowest is None else self._row(b, h, i)
 
 
-def _weights(query: np.ndarray, keys: np.ndarray, scale: float, added, seen: np.ndarray) -> np.ndarray:
+def _weights(query: np.ndarray, keys: np.ndarray, scale: float, softcap, added, seen: np.ndarray) -> np.ndarray:
     """Return softmax over the keys that are seen; all zero where none is."""
     weights = np.zeros(len(keys))
     if not seen.any():
         return weights
-    scores = ((keys * query).sum(-1) * scale + added)[seen]
+    plain = (keys * query).sum(-1) * scale
+    capped = plain if softcap is None else [softcap * math.tanh(score / softcap) for score in plain]
+    scores = (np.asarray(capped) + added)[seen]
     exponentials = np.exp(scores - scores.max())
     weights[seen] = exponentials / exponentials.sum()
     return weights
 
 
-def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, groups=1):
+def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, softcap=None, groups=1):
     """Return accumulated `[B, groups, n]` and visible `[B, n]`: attention summed over rows, averaged over heads."""
     q, k, look = array(q), array(k), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
@@ -69,7 +71,7 @@ def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, groups=1):
             for h in range(heads):
                 seen = look.seen(b, h, i, n)
                 seen_by_any |= seen
-                weights = _weights(q[b, h, i], k[b, h // factor], scale, look.added(b, h, i), seen)
+                weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                 accumulated[b, h // per_group] += weights / per_group
             visible[b] += seen_by_any
     return accumulated, visible
@@ -103,7 +105,9 @@ def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1
     return kept
 
 
-def attention(q, k, v, positions, *, mask=None, is_causal=True, scale=None, all_queries=False) -> np.ndarray:
+def attention(
+    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, all_queries=False
+) -> np.ndarray:
     """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
@@ -117,12 +121,12 @@ def attention(q, k, v, positions, *, mask=None, is_causal=True, scale=None, all_
             for i in range(n):
                 if kept[i] or all_queries:
                     seen = look.seen(b, h, i, n) & kept
-                    weights = _weights(q[b, h, i], k[b, h // factor], scale, look.added(b, h, i), seen)
+                    weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                     out[b, h, i] = weights @ v[b, h // factor]
     return out
 
 
-def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None) -> np.ndarray:
+def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None, softcap=None) -> np.ndarray:
     """Return `[B, Hq, m, Dv]` of the newest tokens, from `k`, `v` of all logical tokens and the kept prompt tokens."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal=False)
     batch, heads, m, width = q.shape
@@ -136,6 +140,6 @@ def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None) -> np.ndar
             cached[np.asarray(positions[b, h // per_group])] = True
             for i in range(m):
                 seen = look.seen(b, h, i, n) & cached
-                weights = _weights(q[b, h, i], k[b, h // factor], scale, look.added(b, h, i), seen)
+                weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                 out[b, h, i] = weights @ v[b, h // factor]
     return out

@@ -27,17 +27,21 @@ def tensors(dtype=torch.float32):
     return q, k, v, positions, mask
 
 
+softcaps = pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+
+
 def check(op, *args):
     """Run every check, the default; a result that lists fewer would be a silent gap."""
     assert dict.fromkeys(ALL, "SUCCESS") == opcheck(op, args)
 
 
+@softcaps
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_token_scores(dtype, masked, groups):
+def test_token_scores(dtype, masked, groups, softcap):
     q, k, _, _, mask = tensors(dtype)
-    check(ops.token_scores.default, q, k, mask if masked else None, not masked, 0.3, 4, 3, 0, groups)
+    check(ops.token_scores.default, q, k, mask if masked else None, not masked, 0.3, softcap, 4, 3, 0, groups)
 
 
 # Under tau < 1 the number of kept tokens depends on the data. opcheck's dynamic-shape check needs no flag for it: it
@@ -46,7 +50,7 @@ def test_token_scores(dtype, masked, groups):
 @pytest.mark.parametrize("keep_recent", [1, 3])
 def test_select_tokens(rule, keep_recent):
     q, k, *_ = tensors()
-    scores, visible = torch.ops.zipvl.token_scores(q, k, None, True, 1.0, 4, 3, 0, 1)
+    scores, visible = torch.ops.zipvl.token_scores(q, k, None, True, 1.0, None, 4, 3, 0, 1)
     check(ops.select_tokens.default, scores, visible, *rule, keep_recent)
 
 
@@ -62,13 +66,23 @@ def test_gather_tokens(dtype):
     opcheck(ops.gather_tokens.default, (k, positions, 2), test_utils=sorted(ALL - {"test_aot_dispatch_dynamic"}))
 
 
+@softcaps
 @pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
-def test_sparse_attention(masked, all_queries):
+def test_sparse_attention(masked, all_queries, softcap):
     q, k, v, positions, mask = tensors()
     keys, values = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
     check(
-        ops.sparse_attention.default, q, keys, values, positions, mask if masked else None, not masked, 0.3, all_queries
+        ops.sparse_attention.default,
+        q,
+        keys,
+        values,
+        positions,
+        mask if masked else None,
+        not masked,
+        0.3,
+        softcap,
+        all_queries,
     )
 
 
@@ -78,12 +92,13 @@ def test_append_tokens():
     check(ops.append_tokens.default, keys, values, k[:, :, :3], v[:, :, :3], 5)
 
 
+@softcaps
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask"])
-def test_decode_attention(masked, m):
+def test_decode_attention(masked, m, softcap):
     q, k, v, positions, _ = tensors()
     mask = torch.ones(2, 1, m, 17, dtype=torch.bool) if masked else None
-    check(ops.decode_attention.default, q[:, :, :m].contiguous(), k, v, positions, 10, 17, mask, 0.3)
+    check(ops.decode_attention.default, q[:, :, :m].contiguous(), k, v, positions, 10, 17, mask, 0.3, softcap)
 
 
 def test_kv_view():

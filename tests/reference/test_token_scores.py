@@ -171,7 +171,7 @@ BAD = {
     "mask-rank": ({"mask": torch.ones(6, 6).bool()}, "mask: expected a [batch, heads, queries, keys] tensor"),
     "mask-integer": ({"mask": torch.ones(1, 1, 6, 6).int()}, "mask: expected bool (True = visible) or an additive"),
     "mask-keys": ({"mask": torch.ones(1, 1, 6, 5).bool()}, "mask: expected a shape that broadcasts to [2, 4, 6, 6]"),
-    "mask-row": ({"mask": torch.ones(1, 1, 1, 6).bool()}, "mask: expected a shape that broadcasts to [2, 4, 6, 6]"),
+    "mask-rows": ({"mask": torch.ones(1, 1, 3, 6).bool()}, "mask: expected a shape that broadcasts to [2, 4, 6, 6]"),
     "mask-heads": ({"mask": torch.ones(1, 2, 6, 6).bool()}, "got [1, 2, 6, 6]"),
     "groups": ({"groups": 3}, "groups: expected a divisor of 2 KV heads, got 3"),
 }
