@@ -86,13 +86,14 @@ def same_shape(left: Any, right: Any) -> bool:
 def changed_in_place(node: Node) -> bool:
     """Return whether the graph writes into the tensor of `node`, directly or through a view of it."""
     return any(
-        _writes(user) or (_is_view(user) and changed_in_place(user))
+        writes(user) or (_is_view(user) and changed_in_place(user))
         for user in node.users
         if user.args and user.args[0] is node
     )
 
 
-def _writes(user: Node) -> bool:
+def writes(user: Node) -> bool:
+    """Return whether a call changes its first argument."""
     if isinstance(user.target, torch._ops.OpOverload):
         return user.target._schema.is_mutable
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")

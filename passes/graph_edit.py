@@ -6,6 +6,7 @@ pass, removes "dead" code in general; a rewrite erases only the nodes that it or
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,12 +35,14 @@ def propagate(node: Node) -> None:
     # Not detect_fake_mode: while a backend runs, it returns a mode other than that of the recorded values.
     fakes = tree_leaves([example(a) for a in node.all_input_nodes])
     fake_mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
-    if fake_mode is None:  # a graph without fake values, such as one written by hand in a test
+    numbers = all(isinstance(fake, (int, float, torch.SymInt, torch.SymFloat)) for fake in fakes)
+    if fake_mode is None and not numbers:  # a graph without fake values, such as one written by hand in a test
         return
-    with fake_mode:
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    with fake_mode or contextlib.nullcontext():
+        value = call(*(args[1:] if node.op == "call_method" else args), **kwargs)  # type: ignore[operator, index]
     node.meta["example_value"] = value
-    bindings = compute_unbacked_bindings(fake_mode.shape_env, value)
+    bindings = compute_unbacked_bindings(fake_mode.shape_env, value) if fake_mode is not None else None
     if bindings:
         node.meta["unbacked_bindings"] = bindings
 

@@ -19,6 +19,7 @@ from zipvl_compile.passes.attention_site import AttentionSite, module_path
 from zipvl_compile.passes.graph_edit import calls, example, is_call
 from zipvl_compile.passes.normalize_attention import NearMiss
 from zipvl_compile.passes.pass_report import Kind, PassReport, SiteOutcome
+from zipvl_compile.passes.token_rows import TokenRows
 from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
 
 ops = torch.ops.zipvl
@@ -30,9 +31,9 @@ def apply(graph: Graph) -> PassReport:
     refused = {site.node for site, _ in sparsify_prefill.find(graph)}
     refused |= {site.node for site in read_compact_cache.find(graph)}
     sites, misses = normalize_attention.find(graph), normalize_attention.near_misses(graph)
-    report.sites = [classify(site) for site in sites if site.node not in refused]
     unread = _caches_without_attention(graph, sites, misses)
-    explained = {miss.node for _, miss in unread if miss is not None}
+    explained = {nearest.node for _, nearest in unread if nearest is not None}
+    report.sites = [classify(site) for site in sites if site.node not in refused | explained]
     report.sites += [outcome for outcome, _ in unread]
     report.sites += [
         SiteOutcome(module_path(miss.node), "other", str(miss), by_design=True)
@@ -48,15 +49,18 @@ def classify(site: AttentionSite) -> SiteOutcome:
     cached: Kind = "prefill" if same_length else "decode"
     if is_call(site.key, ops.kv_view) or any(is_call(user, ops.token_positions) for user in site.key.users):
         return SiteOutcome(site.name, cached, "keys and values are not cached by the same layer")
-    if is_cross_attention(site):
-        return SiteOutcome(site.name, "other", CROSS_ATTENTION, by_design=True)
     if _grows(site.key) and any(_is_window(user) for user in site.key.users):
-        return SiteOutcome(site.name, cached, "sliding window or chunks: the cache holds one window only", by_design=True)
+        return SiteOutcome(
+            site.name, cached, "sliding window or chunks: the cache holds one window only", by_design=True
+        )
     if _grows(site.key):
         return SiteOutcome(site.name, cached, FOREIGN_CACHE)
+    is_causal = site.is_causal or _is_causal(site)
+    if is_cross_attention(site) and not is_causal:
+        return SiteOutcome(site.name, "other", CROSS_ATTENTION, by_design=True)
     if _has_cache(site):
         return SiteOutcome(site.name, cached, OTHER_CACHE)
-    if site.is_causal or _is_causal(site):
+    if is_causal:
         reason = "no KV cache: the call has use_cache=False, or needs gradients"
     elif same_length:
         reason = "no KV cache: a vision tower or an encoder"
@@ -81,7 +85,7 @@ def _has_cache(site: AttentionSite) -> bool:
     seen, todo = set(), [site.key]
     while todo:
         node = todo.pop()
-        if node in seen or module_path(node) != site.name or node.op == "placeholder":
+        if node in seen or not module_path(node).startswith(site.name) or node.op == "placeholder":
             continue
         seen.add(node)
         if _grows(node):
@@ -92,11 +96,13 @@ def _has_cache(site: AttentionSite) -> bool:
 
 def _caches_without_attention(
     graph: Graph, sites: list[AttentionSite], misses: list[NearMiss]
-) -> list[tuple[SiteOutcome, NearMiss | None]]:
-    """Name the cache layers that none of the `sites` reads, each with the near miss that explains it."""
+) -> list[tuple[SiteOutcome, AttentionSite | NearMiss | None]]:
+    """Name the cache layers that none of the `sites` reads, each with the attention that comes nearest."""
     read = {x for site in sites for x in (*site.inputs, site.key, site.value)}
     attended: dict[Node, AttentionSite | NearMiss] = {site.node: site for site in sites}
     attended |= {miss.node: miss for miss in misses}
+    # A rewritten prefill that keeps its cache full reads K in token_scores.
+    rewritten = set(calls(graph, ops.token_scores))
     outcomes = []
     layers = set()  # a layer has a view of its keys and one of its values
     for kind, marker in _MARKERS.items():
@@ -104,37 +110,44 @@ def _caches_without_attention(
             source, layer = _source(node), node.args[1:] or node
             if layer in layers:
                 continue
-            # A rewritten prefill that keeps its cache full reads K in token_scores.
-            if source not in read and not any(is_call(user, ops.token_scores) for user in source.users):
+            reader = None if source in read else _first_reader(source, {*attended, *rewritten})
+            if source not in read and reader not in rewritten:
                 layers.add(layer)
-                nearest = _nearest(source, attended)
-                miss = nearest if isinstance(nearest, NearMiss) else None
-                outcomes.append((SiteOutcome(module_path(node), kind, _unread(source, nearest)), miss))
+                nearest = attended.get(reader)  # type: ignore[arg-type]
+                outcomes.append((SiteOutcome(module_path(node), kind, _unread(node, source, nearest)), nearest))
     return outcomes
 
 
-def _nearest(source: Node, attended: dict[Node, AttentionSite | NearMiss]) -> AttentionSite | NearMiss | None:
-    """Return the first attention, or near miss, that the cached tensor flows into."""
+def _first_reader(source: Node, attentions: set[Node]) -> Node | None:
+    """Return the first of `attentions` that the cached tensor flows into."""
     reached, node = {source}, source.next
     while node.op != "output":
         if not reached.isdisjoint(node.all_input_nodes):
-            if node in attended:
-                return attended[node]
+            if node in attentions:
+                return node
             reached.add(node)
         node = node.next
     return None
 
 
-def _unread(source: Node, nearest: AttentionSite | NearMiss | None) -> str:
+def _unread(marker: Node, source: Node, nearest: AttentionSite | NearMiss | None) -> str:
     """Return why nothing recognisable attends to `source`."""
     stored = (ops.token_positions, ops.gather_tokens)
     if all(user.op == "output" or any(is_call(user, store) for store in stored) for user in source.users):
         return "a graph break lies between the cache update and the attention"
     if isinstance(nearest, AttentionSite):
-        return "latent KV cache: the attention reads keys and values that are computed from what the cache holds"
+        difference = TokenRows(_stored(marker)).differs((nearest.key, nearest.value))
+        return f"latent KV cache: {difference or 'keys and values are not cached alike'}"
     if nearest is None:
         return "no attention over the cached keys: load the model with attn_implementation='sdpa'"
     return f"not recognised as attention ({nearest}): load the model with attn_implementation='sdpa'"
+
+
+def _stored(marker: Node) -> list[Node]:
+    """Return everything that the layer of a marker stores: keys and values, or latents."""
+    if is_call(marker, ops.kv_view):
+        return [view for view in calls(marker.graph, ops.kv_view) if view.args[1:] == marker.args[1:]]
+    return sparsify_prefill.cached_by(marker)
 
 
 _MARKERS: dict[Kind, Callable] = {"prefill": ops.token_positions, "decode": ops.kv_view}

@@ -18,6 +18,9 @@ After:
 
 With `drop=False` the cache keeps its full-length nodes, and the attention gets gathers of its own.
 
+Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
+kept tokens, and the attention reads gathers of K and V.
+
 Several attentions may read the K and V of one cache layer (shared KV: Gemma 3n, Gemma 4). The first one selects; the
 others attend among the same kept tokens, since the cache will hold no others when they decode.
 """
@@ -41,6 +44,7 @@ from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
 from zipvl_compile.passes.masks import CanonicalMasks, four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
+from zipvl_compile.passes.token_rows import first_computed_from
 from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
 
 ops = torch.ops.zipvl
@@ -49,12 +53,27 @@ ops = torch.ops.zipvl
 def find(graph: Graph) -> list[tuple[AttentionSite, Node]]:
     """Return the sites whose K and V go into a cache layer, each with its `token_positions` node."""
     markers = {node.args[0]: node for node in calls(graph, ops.token_positions)}
-    return [
-        (form, markers[form.key])
-        for site in normalize_attention.find(graph)
+    sites = normalize_attention.find(graph)
+    found = {
+        form.node: (form, markers[form.key])
+        for site in sites
         for form in (site,) + (() if site.key is site.inputs[0] else (site.as_read(),))
         if form.key in markers and _gathers_of(form.value, markers[form.key])
-    ]
+    }
+    read = {marker for _, marker in found.values()}
+    stored = {marker: cached_by(marker) for marker in markers.values()}
+    for marker, sources in stored.items():
+        if marker in read or (site := first_computed_from(sources, sites)) is None:
+            continue
+        others = {x for other, tensors in stored.items() if other is not marker for x in tensors}
+        if site.node not in found and others.isdisjoint({site.key, site.value, *site.inputs}):
+            found[site.node] = (site, marker)
+    return [found[site.node] for site in sites if site.node in found]
+
+
+def cached_by(marker: Node) -> list[Node]:
+    """Return what a cache layer stores: keys and values, or the latents that they are computed from."""
+    return [user.args[0] for user in marker.users if is_call(user, ops.gather_tokens)]  # type: ignore[misc]
 
 
 def _gathers_of(x: Node, positions: Node) -> list[Node]:
@@ -83,7 +102,8 @@ def is_short(site: AttentionSite, min_tokens: int) -> str:
 def is_legal(site: AttentionSite, positions: Node) -> str:
     """Return why the site must stay dense, or an empty string."""
     q, k = example(site.query), example(site.key)
-    if any(attention_site.changed_in_place(x) for x in (site.key, site.value)):
+    cached = site.key is positions.args[0]  # else it is computed from the cache's latents, which TokenRows checks
+    if cached and any(attention_site.changed_in_place(x) for x in (site.key, site.value)):
         return "keys or values are changed in place"
     if not _only_cached(positions):
         return "the layer's cache is read again in the same graph"
@@ -156,14 +176,19 @@ def select(site: AttentionSite, marker: Node, mask: tuple[Node | None, bool], ch
     visible = insert_call(node, operator.getitem, (scored, 1))
     rule = (chosen.tau, chosen.keep_ratio, chosen.keep_recent)
     positions = insert_call(node, ops.select_tokens.default, (accumulated, visible, *rule))
-    cached = [_gathers_of(site.key, marker)[0], _gathers_of(site.value, marker)[-1]]
-    spare = cached[0].args[2] if chosen.drop else 0
-    kept = [insert_call(node, ops.gather_tokens.default, (x, positions, spare)) for x in (site.key, site.value)]
+    stored = [user for user in marker.users if is_call(user, ops.gather_tokens)]
+    new: dict[Node, Node] = {}
     if chosen.drop:
-        for old, new in zip([*cached, marker], [*kept, positions], strict=True):
-            old.replace_all_uses_with(new)
-        erase_orphans([*cached, marker])
-    return Kept(kept[0], kept[1], positions)
+        for old in stored:
+            source, _, spare = old.args
+            new[source] = insert_call(node, ops.gather_tokens.default, (source, positions, spare))  # type: ignore[index]
+            old.replace_all_uses_with(new[source])  # type: ignore[index]
+        marker.replace_all_uses_with(positions)
+        erase_orphans([*stored, marker])
+    keys, values = (
+        new.get(x) or insert_call(node, ops.gather_tokens.default, (x, positions, 0)) for x in (site.key, site.value)
+    )
+    return Kept(keys, values, positions)
 
 
 def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: bool) -> None:

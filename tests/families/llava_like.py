@@ -233,7 +233,8 @@ FAMILIES = {
     "perception_lm": Family(_perception_lm, images(1, 3, 64, 64)),
     "aria": Family(_aria, images(3, 64, 64)),
     "llama4": Family(
-        _llama4, images(3, 64, 64), around=MARKED, decoder=("sliding window or chunks", REWRITTEN), text_model="language_model.model"
+        _llama4, images(3, 64, 64), around=MARKED, decoder=("sliding window or chunks", REWRITTEN),
+        text_model="language_model.model",
     ),
     "lfm2_vl": Family(_lfm2_vl, _masked_patches),
 }  # fmt: skip

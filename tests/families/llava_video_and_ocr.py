@@ -187,4 +187,4 @@ FAMILIES = {
     ),
     "hyperclovax_vision_v2": Family(_hyperclovax_vision_v2, patches, around=MARKED),
     "granite_docling": Family(_granite_docling, _tile, text_model="model.text_model"),
-}
+}  # fmt: skip

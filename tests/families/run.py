@@ -26,7 +26,6 @@ from zipvl_compile.report import CompileReport, collect
 RESULTS = Path(__file__).parents[2] / "build" / "families"
 NEW_TOKENS = 8
 TAU = 0.9
-OUTSIDE = ("no KV cache: a vision tower", "no KV cache: cross-attention, or an encoder", "nearest pattern")
 
 
 @dataclass
@@ -111,12 +110,12 @@ def note_tokens(result: Result, name: str, got: torch.Tensor, expected: torch.Te
 def note_sites(result: Result, reports: list[CompileReport]) -> None:
     sites = [site for report in reports for site in report.sites]
     result.rewritten = sum(site.rewritten for site in sites)
-    inside = [site for site in sites if not site.rewritten and not site.reason.startswith(OUTSIDE)]
-    result.dense = dict(Counter(site.reason for site in inside))
-    result.outside = sum(site.reason.startswith(OUTSIDE) for site in sites)
     expected = tuple(reason for reason in FAMILIES[result.family].decoder if reason != REWRITTEN) or ("expected",)
+    dense = [site for site in sites if not site.rewritten]
+    outside = [s for s in dense if s.kind == "other" and s.by_design and not s.reason.startswith(expected)]
+    inside = [site for site in dense if site not in outside]
+    result.outside, result.dense = len(outside), dict(Counter(site.reason for site in inside))
     surprising = [site for site in inside if not site.reason.startswith(expected)]
-    surprising += [s for s in sites if s.reason.startswith(OUTSIDE) and not s.by_design]
     result.surprises = sorted({f"{site.layer} {site.kind}: {site.reason}" for site in surprising})
 
 

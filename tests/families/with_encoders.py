@@ -377,18 +377,18 @@ FAMILIES = {
     ),
     # One step of its flow: the actions attend to the cached prompt and to each other.
     "pi0": Family(
-        _pi0, _camera, decoder=(REWRITTEN, REWRITTEN, "11 queries over", "11 queries over"),
+        _pi0, _camera, decoder=("the layer's cache is read again",) * 2 + (REWRITTEN, REWRITTEN),
         text_model="model.vlm.language_model", generates=False,
     ),
     # One step of its diffusion, whose own loop is random: the canvas attends to the cached prompt and to itself.
     "diffusion_gemma": Family(
         _diffusion_gemma, positioned_patches, around=MARKED,
         by_token={"mm_token_type_ids": is_image, "decoder_input_ids": _last_words},
-        decoder=("sliding window", REWRITTEN, "8 queries over", "8 queries over"),
+        decoder=("sliding window", REWRITTEN, "KV cache without zipvl", "KV cache without zipvl"),
         text_model="model.encoder.language_model", generates=False,
     ),
     # A protein in the place of an image.
     "evolla": Family(
-        _evolla, _protein, prompt=long_text, decoder=(REWRITTEN, REWRITTEN, "cross-attention"), text_model="model"
+        _evolla, _protein, prompt=long_text, text_model="model"
     ),
 }  # fmt: skip

@@ -176,7 +176,7 @@ def test_names_are_module_paths(record, modules):
 
 def test_values_that_are_not_the_cached_ones_do_not_read_as_a_missing_cache(record, modules):
     def mixed(q, k, v):
-        return modules.attend(q, k, v + 1, is_causal=True), modules.cache(k, v)
+        return modules.attend(q, k, v.flip(2), is_causal=True), modules.cache(k, v)
 
     _, recorder = record(Wrapped(mixed), *modules.qkv())
     (kind, reason), *others = reported(recorder)

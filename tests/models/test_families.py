@@ -1,7 +1,7 @@
 """Every family of vision-language models: equal to eager at tau=1, compacted below it, every site accounted for.
 
-`make test` runs the families in DETAIL through everything and the others through one padded generate; `make test-models`
-runs every family through everything and writes docs/models.md.
+`make test` runs the families in DETAIL through everything and the others through one padded generate;
+`make test-models` runs every family through everything and writes docs/models.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from zipvl_compile.report import collect
 
 pytestmark = pytest.mark.slow
 DETAIL = (
-    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "gemma3n", "paligemma", "idefics3", "internvl",
-    "mistral3", "glm4v", "mllama", "git", "blip_2",
+    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "gemma3n", "paligemma", "idefics3",
+    "internvl", "mistral3", "glm4v", "mllama", "git", "blip_2",
 )  # fmt: skip
 NEW_TOKENS = 8
 
