@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -33,7 +35,8 @@ def apply(graph: Graph) -> PassReport:
     sites, misses = normalize_attention.find(graph), normalize_attention.near_misses(graph)
     unread = _caches_without_attention(graph, sites, misses)
     explained = {nearest.node for _, nearest in unread if nearest is not None}
-    report.sites = [classify(site) for site in sites if site.node not in refused | explained]
+    dense = [site for site in sites if site.node not in refused | explained]
+    report.sites = _without_false_comfort([(site, classify(site)) for site in dense])
     report.sites += [outcome for outcome, _ in unread]
     report.sites += [
         SiteOutcome(module_path(miss.node), "other", str(miss), by_design=True)
@@ -41,6 +44,21 @@ def apply(graph: Graph) -> PassReport:
         if not eager_attention.is_softmax(miss.node) and miss.node not in explained
     ]
     return report
+
+
+def _without_false_comfort(found: list[tuple[AttentionSite, SiteOutcome]]) -> list[SiteOutcome]:
+    """Return the outcomes; a causal attention without a cache, beside others that have one, is no uncached call."""
+
+    def queries(site: AttentionSite) -> Any:
+        return example(site.query).shape[2]
+
+    cached = [queries(site) for site, outcome in found if outcome.kind != "other"]
+    return [
+        replace(outcome, kind="prefill", reason=OTHER_LAYER, by_design=False)
+        if outcome.reason == NO_CACHE and any(statically_known_true(queries(site) == n) for n in cached)
+        else outcome
+        for site, outcome in found
+    ]
 
 
 def classify(site: AttentionSite) -> SiteOutcome:
@@ -61,7 +79,7 @@ def classify(site: AttentionSite) -> SiteOutcome:
     if _has_cache(site):
         return SiteOutcome(site.name, cached, OTHER_CACHE)
     if is_causal:
-        reason = "no KV cache: the call has use_cache=False, or needs gradients"
+        reason = NO_CACHE
     elif same_length:
         reason = "no KV cache: a vision tower or an encoder"
     else:
@@ -69,6 +87,8 @@ def classify(site: AttentionSite) -> SiteOutcome:
     return SiteOutcome(site.name, "other", reason, by_design=True)
 
 
+NO_CACHE = "no KV cache: the call has use_cache=False, or needs gradients"
+OTHER_LAYER = "no KV cache of its own: it reads that of a layer that stays dense"
 FOREIGN_CACHE = (
     "KV cache without zipvl layers: the model has cache layers of its own, or the cache was made without "
     "DynamicCache(config=model.config)"

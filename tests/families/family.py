@@ -17,6 +17,9 @@ from torch import Generator, Tensor
 VOCAB, PAD, BOS, EOS, IMAGE, VIDEO, START, END, FIRST_WORD = 200, 0, 1, 2, 5, 6, 7, 8, 10
 HIDDEN = 64
 REWRITTEN = ""
+OWN_LAYER = "KV cache without zipvl layers"
+OTHER_CACHE = "the KV cache holds something else"
+OTHER_LAYER = "no KV cache of its own"
 
 
 @dataclass(frozen=True)

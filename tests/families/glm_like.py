@@ -9,6 +9,9 @@ from families.family import (
     HIDDEN,
     IMAGE,
     MARKED,
+    OTHER_CACHE,
+    OTHER_LAYER,
+    OWN_LAYER,
     REWRITTEN,
     START,
     VIDEO,
@@ -302,7 +305,7 @@ FAMILIES = {
     "glm46v": Family(_glm46v, patches, **_TYPED),
     "glm_ocr": Family(_glm_ocr, patches, **_TYPED),
     "kimi_k25": Family(_kimi_k25, _patches_apart),
-    "minimax_m3_vl": Family(_minimax_m3_vl, patches, around=MARKED, decoder=(REWRITTEN, "indexed")),
+    "minimax_m3_vl": Family(_minimax_m3_vl, patches, around=MARKED, decoder=(REWRITTEN, OWN_LAYER)),
     "molmo2": Family(_molmo2, _crops, **_TYPED),
     "ernie4_5_vl_moe": Family(_ernie4_5_vl_moe, _flat_patches, **_TYPED),
     # 8 rows of 8 patches and a newline, between a beginning and an end.
@@ -310,12 +313,14 @@ FAMILIES = {
     "lfm3_vl": Family(_lfm3_vl, patches, around=MARKED, decoder=("sliding window", REWRITTEN)),
     "step3p7": Family(_step3p7, images(3, 64, 64), decoder=("sliding window", REWRITTEN)),
     "mistral4": Family(_mistral4, images(3, 64, 64, image_sizes=[64, 64])),
-    "mistral_large4": Family(_mistral_large4, images(3, 64, 64, image_sizes=[64, 64]), decoder=("indexed",) * 4),
-    "glm5_next": Family(_glm5_next, patches, around=MARKED, decoder=("indexed",)),
-    "dots3_note": Family(_dots3_note, _flat_patches, decoder=("sliding window", "indexed")),
+    "mistral_large4": Family(
+        _mistral_large4, images(3, 64, 64, image_sizes=[64, 64]), decoder=(OTHER_CACHE,) * 2 + (OTHER_LAYER,) * 2
+    ),
+    "glm5_next": Family(_glm5_next, patches, around=MARKED, decoder=(OTHER_CACHE,)),
+    "dots3_note": Family(_dots3_note, _flat_patches, decoder=(OTHER_CACHE,) * 2),
     "muse_spark": Family(_muse_spark, patches, decoder=("sliding window", REWRITTEN)),
     "nemotron_h_omni": Family(
         _nemotron_h_omni, _patches_and_grid, decoder=(REWRITTEN,), text_model="language_model.model"
     ),
-    "inkling2": Family(_inkling2, _merged_patches, decoder=("sliding window", REWRITTEN)),
+    "inkling2": Family(_inkling2, _merged_patches, decoder=(OTHER_CACHE,) * 2),
 }

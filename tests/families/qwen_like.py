@@ -9,6 +9,7 @@ from families.family import (
     HIDDEN,
     IMAGE,
     MARKED,
+    OWN_LAYER,
     REWRITTEN,
     START,
     VIDEO,
@@ -188,5 +189,5 @@ FAMILIES = {
     "minicpmv4_6": Family(_minicpmv4_6, _patches_in_a_row, decoder=(REWRITTEN,)),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni_thinker, patches, around=MARKED),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe_thinker, patches, around=MARKED),
-    "qwen4_exp": Family(_qwen4_exp, patches, **_TYPED, decoder=("indexed",)),
+    "qwen4_exp": Family(_qwen4_exp, patches, **_TYPED, decoder=(OWN_LAYER,)),
 }

@@ -15,6 +15,7 @@ from families.family import (
     HIDDEN,
     IMAGE,
     MARKED,
+    OWN_LAYER,
     PAD,
     REWRITTEN,
     START,
@@ -353,7 +354,7 @@ FAMILIES = {
     # One attention over the decoder's and the encoder's keys.
     "t5gemma2": Family(
         _t5gemma2, images(3, 64, 64), around=MARKED, by_token={"decoder_input_ids": _start(BOS)},
-        decoder=("cross-attention", "cross-attention"), text_model="model.decoder",
+        decoder=(OWN_LAYER, "latent KV cache"), text_model="model.decoder",
     ),
     "blip": Family(
         _blip, images(3, 64, 64), prompt=long_text, decoder=(REWRITTEN, "cross-attention") * 2,
@@ -384,7 +385,7 @@ FAMILIES = {
     "diffusion_gemma": Family(
         _diffusion_gemma, positioned_patches, around=MARKED,
         by_token={"mm_token_type_ids": is_image, "decoder_input_ids": _last_words},
-        decoder=("sliding window", REWRITTEN, "KV cache without zipvl", "KV cache without zipvl"),
+        decoder=("sliding window", REWRITTEN, OWN_LAYER, OWN_LAYER),
         text_model="model.encoder.language_model", generates=False,
     ),
     # A protein in the place of an image.
