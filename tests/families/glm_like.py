@@ -314,7 +314,8 @@ FAMILIES = {
     "step3p7": Family(_step3p7, images(3, 64, 64), decoder=("sliding window", REWRITTEN)),
     "mistral4": Family(_mistral4, images(3, 64, 64, image_sizes=[64, 64])),
     "mistral_large4": Family(
-        _mistral_large4, images(3, 64, 64, image_sizes=[64, 64]), decoder=(OTHER_CACHE,) * 2 + (OTHER_LAYER,) * 2
+        _mistral_large4, images(3, 64, 64, image_sizes=[64, 64]),
+        decoder=(OTHER_CACHE,) * 2 + (OTHER_LAYER,) * 2,
     ),
     "glm5_next": Family(_glm5_next, patches, around=MARKED, decoder=(OTHER_CACHE,)),
     "dots3_note": Family(_dots3_note, _flat_patches, decoder=(OTHER_CACHE,) * 2),
@@ -323,4 +324,4 @@ FAMILIES = {
         _nemotron_h_omni, _patches_and_grid, decoder=(REWRITTEN,), text_model="language_model.model"
     ),
     "inkling2": Family(_inkling2, _merged_patches, decoder=(OTHER_CACHE,) * 2),
-}
+}  # fmt: skip
