@@ -42,6 +42,7 @@ class Family:
         generates: whether the family's own `generate` takes these inputs.
         pads: whether `generate` takes left-padded batches.
         makes_cache: whether `forward` makes the cache that it is not given.
+        broken_in: versions of transformers, such as "5.24", in which the family's own eager code fails.
     """
 
     build: Callable[[], hf.PreTrainedModel]
@@ -57,6 +58,7 @@ class Family:
     generates: bool = True
     pads: bool = True
     makes_cache: bool = True
+    broken_in: str = "none"
 
 
 def text_args(**changes: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from families.family import REWRITTEN
 from families.run import generate, problems, prompts, run
 from tiny_models import FAMILIES, VOCAB, compiled, inputs, model
@@ -39,6 +40,13 @@ NEW_TOKENS = 8
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _runs_in_eager(request):
+    family = request.node.callspec.params["family"] if hasattr(request.node, "callspec") else "llava"
+    if "compile_finds" not in request.node.name and transformers.__version__.startswith(FAMILIES[family].broken_in):
+        pytest.skip(f"{family} fails in eager mode, too, with transformers {transformers.__version__}")
 
 
 @pytest.mark.parametrize("family", DETAIL)
