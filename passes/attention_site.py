@@ -30,7 +30,6 @@ class AttentionSite:
         softcap: c of `c * tanh(scores / c)`.
         interior: nodes that only this attention uses, from the output upwards; empty for a single call.
         merged: batch and heads are one axis of the output, `[B * Hq, m, Dv]`.
-        form: how the model writes it, in words.
     """
 
     node: Node
@@ -46,7 +45,6 @@ class AttentionSite:
     softcap: float | None = None
     interior: tuple[Node, ...] = ()
     merged: bool = False
-    form: str = "scaled_dot_product_attention"
 
     def as_read(self) -> AttentionSite:
         """Return the site with K and V as the call reads them, heads repeated: for caches that hold them so."""

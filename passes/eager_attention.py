@@ -85,7 +85,7 @@ def read(softmax: Node) -> AttentionSite:
     return AttentionSite(
         node=output, query=query, key=key, value=value, mask=scores.mask, mask_hides=scores.mask_hides,
         is_causal=False, scale=scores.scale, softcap=scores.softcap, dropout=dropout, inputs=(key, value),
-        interior=(*weights, *scores.interior, product, *transposes), merged=merged, form=NAME,
+        interior=(*weights, *scores.interior, product, *transposes), merged=merged,
     )  # fmt: skip
 
 
