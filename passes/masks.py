@@ -174,7 +174,7 @@ class CanonicalMasks:
             return None, site.is_causal
         key = (site.mask, site.mask_hides)
         form = self._form(*key)
-        if key not in self._made:
+        if key not in self._made or changed_in_place(site.mask):  # a mask that is written to differs from site to site
             self._made[key] = _smallest(form, site)
         causal = "causal" in form.parts and not form.needs_matrix
         return self._made[key], site.is_causal or causal

@@ -213,6 +213,8 @@ def _getitem(rows: TokenRows, node: Node) -> int:
     if isinstance(index, int) and not isinstance(example(source), torch.Tensor):
         return axis  # one of the tensors of a split
     index = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
+        raise Mixes("an index that is a tensor may mix tokens")
     used = sum(1 for i in index if i is not None and i is not Ellipsis)
     rest = [slice(None)] * (example(source).dim() - used)
     at = index.index(Ellipsis) if Ellipsis in index else len(index)
