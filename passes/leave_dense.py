@@ -78,6 +78,8 @@ def classify(site: AttentionSite) -> SiteOutcome:
         return SiteOutcome(site.name, "other", CROSS_ATTENTION, by_design=True)
     if _has_cache(site):
         return SiteOutcome(site.name, cached, OTHER_CACHE)
+    if site.key.op == "placeholder" and site.mask is not None:
+        return SiteOutcome(site.name, cached, OTHER_GRAPH)
     if is_causal:
         reason = NO_CACHE
     elif same_length:
@@ -88,6 +90,7 @@ def classify(site: AttentionSite) -> SiteOutcome:
 
 
 NO_CACHE = "no KV cache: the call has use_cache=False, or needs gradients"
+OTHER_GRAPH = "a graph break lies before the attention: its keys come from another graph, cached or not"
 OTHER_LAYER = "no KV cache of its own: it reads that of a layer that stays dense"
 FOREIGN_CACHE = (
     "KV cache without zipvl layers: the model has cache layers of its own, or the cache was made without "

@@ -58,7 +58,7 @@ class Family:
     generates: bool = True
     pads: bool = True
     makes_cache: bool = True
-    broken_in: str = "none"
+    broken_in: str = ""
 
 
 def text_args(**changes: Any) -> dict[str, Any]:
