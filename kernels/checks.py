@@ -51,18 +51,19 @@ def check_positions(operator: str, positions: torch.Tensor, batch: int, heads: i
         )  # fmt: skip
 
 
-def check_mask(operator: str, mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> None:
-    """Check that `mask` is bool or float and broadcasts to `[B, Hq, m, keys]` over batch, heads and queries."""
+def check_mask(operator: str, mask: torch.Tensor | None, q: torch.Tensor, queries: int, keys: int) -> None:
+    """Check that `mask` is bool or float and broadcasts to `[B, Hq, queries, keys]` over batch, heads and queries."""
     if mask is None:
         return
+    sizes = (q.shape[0], q.shape[1], queries)
     if mask.dim() != 4:
         fail(operator, "mask", "a [batch, heads, queries, keys] tensor", list(mask.shape), "Unsqueeze it.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         fail(operator, "mask", "bool (True = visible) or an additive float", mask.dtype, "Convert it.")
-    ok = all(mask.shape[i] in (1, q.shape[i]) for i in (0, 1, 2))
+    ok = all(mask.shape[i] in (1, sizes[i]) for i in (0, 1, 2))
     if not ok or mask.shape[3] != keys:
         fail(
-            operator, "mask", f"a shape that broadcasts to {[*q.shape[:3], keys]}", list(mask.shape),
+            operator, "mask", f"a shape that broadcasts to {[*sizes, keys]}", list(mask.shape),
             "Give one row, or one per query, and one column per key.",
         )  # fmt: skip
 

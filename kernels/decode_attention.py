@@ -33,7 +33,9 @@ def cached_positions(positions: torch.Tensor, prompt: int, n: int) -> torch.Tens
 
 
 @torch.library.custom_op("zipvl::append_tokens", mutates_args=("keys", "values"))
-def _append_tokens(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
+def _append_tokens(
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel: str = "auto"
+) -> None:
     for name, buffer, new in (("k", keys, k), ("v", values, v)):
         expected = (*buffer.shape[:2], k.shape[2], buffer.shape[3])
         if tuple(new.shape) != expected or new.dtype != buffer.dtype:
@@ -49,22 +51,25 @@ def _append_tokens(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v:
 
 
 @_append_tokens.register_fake
-def _(keys, values, k, v, at):
+def _(keys, values, k, v, at, kernel="auto"):
     return None
 
 
-def append_tokens(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
+def append_tokens(
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel: str = "auto"
+) -> None:
     """Write new tokens into the cache buffers, in place.
 
     Args:
         keys, values: buffers `[B, Hkv, capacity, D]` and `[B, Hkv, capacity, Dv]`.
         k, v: new tokens `[B, Hkv, m, D]` and `[B, Hkv, m, Dv]`.
         at: first row to write, in tokens.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Raises:
         ValueError: the buffers have no room; nothing was written then.
     """
-    torch.ops.zipvl.append_tokens(keys, values, k, v, at)
+    torch.ops.zipvl.append_tokens(keys, values, k, v, at, kernel)
 
 
 @torch.library.custom_op("zipvl::decode_attention", mutates_args=())
@@ -78,6 +83,7 @@ def _decode_attention(
     mask: torch.Tensor | None,
     scale: float | None,
     softcap: float | None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     batch, heads, m, _ = q.shape
     kv_heads = keys.shape[1]
@@ -87,7 +93,7 @@ def _decode_attention(
         fail("decode_attention", "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
     k, v = keys[:, :, :length], values[:, :, :length]
     check_attention_inputs("decode_attention", q, k, v)
-    check_mask("decode_attention", mask, q, n)
+    check_mask("decode_attention", mask, q, m, n)
     out = _empty_output(q, values)
     if out.numel() == 0:
         return out
@@ -107,7 +113,7 @@ def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @_decode_attention.register_fake
-def _(q, keys, values, positions, prompt, n, mask, scale, softcap):
+def _(q, keys, values, positions, prompt, n, mask, scale, softcap, kernel="auto"):
     return _empty_output(q, values)
 
 
@@ -122,6 +128,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend from new tokens to the compacted cache, whose last tokens they are.
 
@@ -134,6 +141,7 @@ def decode_attention(
         mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m or 1, n]`; None shows everything.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, Hq, m, Dv]`, token-major in memory.
@@ -143,4 +151,4 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap)
+    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap, kernel)

@@ -31,7 +31,7 @@ def token_positions(k: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("zipvl::gather_tokens", mutates_args=())
-def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int) -> torch.Tensor:
+def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, kernel: str = "auto") -> torch.Tensor:
     if x.dim() != 4:
         fail("gather_tokens", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
     batch, heads, _, width = x.shape
@@ -44,18 +44,19 @@ def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int) -> torc
 
 
 @_gather_tokens.register_fake
-def _(x, positions, spare):
+def _(x, positions, spare, kernel="auto"):
     batch, heads, _, width = x.shape
     return x.new_empty(batch, heads, positions.shape[2] + spare, width)
 
 
-def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto") -> torch.Tensor:
     """Copy the tokens at `positions` into a new contiguous buffer.
 
     Args:
         x: keys or values `[B, H, n, D]`.
         positions: int64 `[B, G, P]`, each in [0, n); `G` divides `H`.
         spare: unwritten rows after the kept ones, in tokens.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, H, P + spare, D]`, same dtype; rows from `P` on hold undefined values.
@@ -63,4 +64,4 @@ def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0) -> t
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a position outside [0, n).
     """
-    return torch.ops.zipvl.gather_tokens(x, positions, spare)
+    return torch.ops.zipvl.gather_tokens(x, positions, spare, kernel)

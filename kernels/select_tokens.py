@@ -40,7 +40,12 @@ def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> int:
 
 @torch.library.custom_op("zipvl::select_tokens", mutates_args=())
 def _select_tokens(
-    accumulated: torch.Tensor, visible: torch.Tensor, tau: float, keep_ratio: float | None, keep_recent: int
+    accumulated: torch.Tensor,
+    visible: torch.Tensor,
+    tau: float,
+    keep_ratio: float | None,
+    keep_recent: int,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     if accumulated.dim() != 3 or visible.dim() != 2 or accumulated.shape[::2] != visible.shape:
         fail(
@@ -67,7 +72,7 @@ def _select_tokens(
 
 
 @_select_tokens.register_fake
-def _(accumulated, visible, tau, keep_ratio, keep_recent):
+def _(accumulated, visible, tau, keep_ratio, keep_recent, kernel="auto"):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
@@ -85,6 +90,7 @@ def select_tokens(
     tau: float = 0.975,
     keep_ratio: float | None = None,
     keep_recent: int = 1,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens to keep.
 
@@ -94,6 +100,7 @@ def select_tokens(
         tau: fraction of the accumulated score to keep, in (0, 1]; 1 keeps every token.
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
         keep_recent: newest visible tokens that are always kept.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs; the others keep their
@@ -109,4 +116,4 @@ def select_tokens(
             fail("select_tokens", name, "a fraction in (0, 1]", value, "Use 1.0 to keep every token.")
     if keep_recent < 1:
         fail("select_tokens", "keep_recent", "at least 1 token", keep_recent, "The newest token must be kept.")
-    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent)
+    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, kernel)

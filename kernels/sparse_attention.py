@@ -34,16 +34,20 @@ def _sparse_attention(
     scale: float | None,
     softcap: float | None,
     all_queries: bool,
+    kernel: str = "auto",
 ) -> torch.Tensor:
-    batch, heads, n, _ = q.shape
+    batch, heads, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
+    n = m if mask is None or m != p else mask.shape[-1]  # queries of the kept tokens only may come with a full mask
+    if all_queries and m != n:
+        fail("sparse_attention", "q", f"{n} tokens, like the mask", m, "Pass the queries of every token.")
     rows = min(k.shape[2], v.shape[2])
     if rows < p:
         fail("sparse_attention", "k, v", f"at least {p} kept tokens", rows, "Gather them with these positions.")
     k, v = k[:, :, :p], v[:, :, :p]
     check_attention_inputs("sparse_attention", q, k, v)
-    check_mask("sparse_attention", mask, q, n)
+    check_mask("sparse_attention", mask, q, n, n)
     out = _empty_output(q, v)
     if out.numel() == 0:
         return out
@@ -60,14 +64,14 @@ def _sparse_attention(
         return out
 
     index = where.expand(-1, heads, -1).unsqueeze(3)  # [B, Hq, P, 1]
-    kept_q = q if p == n else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
+    kept_q = q if m == p else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
     bias = mask
     if mask is not None and p < n:
         bias = take(mask, batch, where, where)
     if bias is not None and is_causal:
         bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
     kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
-    if p == n:
+    if m == p:
         return out.copy_(kept)
     out.zero_()
     return out.scatter_(2, index.expand(-1, -1, -1, v.shape[3]), kept)
@@ -79,7 +83,7 @@ def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
 
 
 @_sparse_attention.register_fake
-def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries):
+def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, kernel="auto"):
     return _empty_output(q, v)
 
 
@@ -94,11 +98,12 @@ def sparse_attention(
     scale: float | None = None,
     softcap: float | None = None,
     all_queries: bool = False,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend among the kept tokens and write the results to their rows.
 
     Args:
-        q: queries of every token `[B, Hq, n, D]`.
+        q: queries of every token `[B, Hq, n, D]`, or of the kept ones only `[B, Hq, P, D]`.
         k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`; only the first `P` rows are read.
         positions: int64 `[B, G, P]`, ascending, where the kept tokens stand in the prompt.
         mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n or 1, n]`.
@@ -106,13 +111,15 @@ def sparse_attention(
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
         all_queries: give every query, not only the kept ones, its attention output.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
-        `[B, Hq, n, Dv]`, token-major in memory; zero rows for tokens without attention output.
+        `[B, Hq, n, Dv]`, token-major in memory; zero rows for tokens without attention output. `[B, Hq, P, Dv]` for
+        the queries of the kept tokens only.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
 
     Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
     """
-    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries)
+    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, kernel)

@@ -44,6 +44,16 @@ def probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
     return _probe_rows(n, recent, random, seed).clone()
 
 
+@torch.library.custom_op("zipvl::probe_positions", mutates_args=())
+def _probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> torch.Tensor:
+    return probe_rows(k.shape[2], recent, random, seed).to(k.device)
+
+
+@_probe_positions.register_fake
+def _(k, recent, random, seed):
+    return k.new_empty(torch.sym_min(k.shape[2], recent + random), dtype=torch.int64)
+
+
 @torch.library.custom_op("zipvl::token_scores", mutates_args=())
 def _token_scores(
     q: torch.Tensor,
@@ -56,13 +66,18 @@ def _token_scores(
     random: int,
     seed: int,
     groups: int,
+    kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_attention_inputs("token_scores", q, k, None)
-    check_mask("token_scores", mask, q, k.shape[2])
-    batch, query_heads, n, _ = q.shape
-    kv_heads = k.shape[1]
-    if k.shape[2] != n:
-        fail("token_scores", "k", f"{n} tokens, like q", k.shape[2], "Only a prefill of a whole prompt is scored.")
+    batch, query_heads, given, _ = q.shape
+    kv_heads, n = k.shape[1], k.shape[2]
+    check_mask("token_scores", mask, q, n, n)
+    rows = _probe_rows(n, recent, random, seed)  # [m]
+    if given not in (n, rows.numel()):
+        fail(
+            "token_scores", "q", f"{n} tokens, like k, or the {rows.numel()} probe rows", given,
+            "Only a prefill of a whole prompt is scored.",
+        )  # fmt: skip
     if kv_heads % groups != 0:
         fail("token_scores", "groups", f"a divisor of {kv_heads} KV heads", groups, "Use 1 or the KV head count.")
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -72,7 +87,9 @@ def _token_scores(
     if batch == 0 or n == 0:
         return accumulated, seen
 
-    rows = _probe_rows(n, recent, random, seed).to(q.device)  # [m]
+    rows = rows.to(q.device)
+    if given == n:
+        q = q.index_select(2, rows)  # [B, Hq, m, D]
     columns = torch.arange(n, device=q.device)
     may_see = causal(rows, columns)[None, None] if is_causal else None  # [1, 1, m, n]
     bias = None
@@ -92,7 +109,7 @@ def _token_scores(
     per_group = query_heads // groups  # heads that one group averages
     for head in range(kv_heads):  # one KV head at a time: bounded memory, K is read once
         heads = slice(head * factor, (head + 1) * factor)
-        probes = q[:, heads].index_select(2, rows).to(dtype) * scale  # [B, factor, m, D]
+        probes = q[:, heads].to(dtype) * scale  # [B, factor, m, D]
         scores = probes @ k[:, head, None].to(dtype).transpose(-1, -2)  # [B, factor, m, n]
         scores = soft_capped(scores, softcap)
         if bias is not None:
@@ -109,9 +126,9 @@ def _token_scores(
 
 
 @_token_scores.register_fake
-def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups):
+def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, kernel="auto"):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, _, n, _ = q.shape
+    batch, n = q.shape[0], k.shape[2]
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
 
 
@@ -127,11 +144,12 @@ def token_scores(
     random: int = 64,
     seed: int = 0,
     groups: int = 1,
+    kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure every token's accumulated attention score on the probe rows.
 
     Args:
-        q: queries `[B, Hq, n, D]`, fp16, bf16, fp32 or fp64.
+        q: queries `[B, Hq, n, D]`, or those of the probe rows only `[B, Hq, m, D]`; fp16, bf16, fp32 or fp64.
         k: keys `[B, Hkv, n, D]`, same dtype; `Hkv` divides `Hq`.
         mask: bool (True = visible) or additive float, `[B or 1, Hq or 1, n or 1, n]`.
         is_causal: hide later tokens, in addition to `mask`.
@@ -139,6 +157,7 @@ def token_scores(
         softcap: of the scaled scores; None is none.
         recent, random, seed: the probe rows, see `probe_rows`.
         groups: 1 averages all heads, `Hkv` keeps a score per KV head.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         accumulated `[B, groups, n]` and visible `[B, n]` (probe rows that may see the token), fp32 (fp64 for fp64).
@@ -148,4 +167,4 @@ def token_scores(
 
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
-    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)
+    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, kernel)

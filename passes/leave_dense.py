@@ -73,12 +73,13 @@ def classify(site: AttentionSite) -> SiteOutcome:
         )
     if _grows(site.key):
         return SiteOutcome(site.name, cached, FOREIGN_CACHE)
-    is_causal = site.is_causal or _is_causal(site)
+    mask = ("causal",) if site.is_causal else () if site.mask is None else masks.read(site.mask, site.mask_hides).parts
+    is_causal = "causal" in mask
     if is_cross_attention(site) and not is_causal:
         return SiteOutcome(site.name, "other", CROSS_ATTENTION, by_design=True)
     if _has_cache(site):
         return SiteOutcome(site.name, cached, OTHER_CACHE)
-    if site.key.op == "placeholder" and site.mask is not None:
+    if site.key.op == "placeholder" and "unknown" in mask:
         return SiteOutcome(site.name, cached, OTHER_GRAPH)
     if is_causal:
         reason = NO_CACHE
@@ -97,10 +98,6 @@ FOREIGN_CACHE = (
     "DynamicCache(config=model.config)"
 )
 OTHER_CACHE = "the KV cache holds something else than keys and values: latents, an index or a state"
-
-
-def _is_causal(site: AttentionSite) -> bool:
-    return site.mask is not None and "causal" in masks.read(site.mask, site.mask_hides).parts
 
 
 def _has_cache(site: AttentionSite) -> bool:

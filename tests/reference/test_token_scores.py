@@ -167,7 +167,7 @@ BAD = {
     "k-dtype": ({"k": K.half()}, "k: expected dtype torch.float32, like q, got torch.float16"),
     "k-width": ({"k": K[..., :4]}, "k: expected head_dim 8, like q, got 4"),
     "k-heads": ({"k": K[:, :1].expand(2, 3, 6, 8)}, "k: expected a head count that divides q's 4, got 3"),
-    "k-tokens": ({"k": K[:, :, :5]}, "k: expected 6 tokens, like q, got 5"),
+    "k-tokens": ({"k": K[:, :, :5]}, "q: expected 5 tokens, like k, or the 5 probe rows, got 6"),
     "mask-rank": ({"mask": torch.ones(6, 6).bool()}, "mask: expected a [batch, heads, queries, keys] tensor"),
     "mask-integer": ({"mask": torch.ones(1, 1, 6, 6).int()}, "mask: expected bool (True = visible) or an additive"),
     "mask-keys": ({"mask": torch.ones(1, 1, 6, 5).bool()}, "mask: expected a shape that broadcasts to [2, 4, 6, 6]"),

@@ -1,0 +1,52 @@
+"""Which implementation of an operator runs: the Triton kernel, or plain PyTorch.
+
+Every operator takes `kernel`: "auto" runs Triton on GPUs and PyTorch elsewhere, "torch" always PyTorch, "triton" always
+Triton, which on a CPU needs Triton's interpreter (TRITON_INTERPRET=1 before the first import) and is for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton import knobs
+
+from zipvl_compile.kernels.checks import fail
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256  # a tile of keys and one of values must fit into shared memory
+
+
+def interpreted() -> bool:
+    """Return whether Triton's kernels run in its interpreter, on the CPU."""
+    return bool(knobs.runtime.interpret)
+
+
+def use_triton(operator: str, kernel: str, *tensors: torch.Tensor) -> bool:
+    """Return whether the Triton kernel of an operator runs.
+
+    Args:
+        operator: name, for errors.
+        kernel: "auto", "triton" or "torch".
+        tensors: what the kernel reads; heads of `[B, H, n, D]` tensors are at most `MAX_HEAD_DIM` wide.
+
+    Raises:
+        ValueError: an unknown name, or "triton" for what the kernel cannot do.
+    """
+    if kernel not in ("auto", "triton", "torch"):
+        fail(operator, "kernel", '"auto", "triton" or "torch"', repr(kernel), 'Use "auto".')
+    if kernel == "torch":
+        return False
+    reason = _unsupported(tensors)
+    if reason and kernel == "triton":
+        fail(operator, "kernel", f'"auto" or "torch" for {reason}', '"triton"', 'Use "auto", which picks per shape.')
+    return not reason and (kernel == "triton" or tensors[0].is_cuda)
+
+
+def _unsupported(tensors: tuple[torch.Tensor, ...]) -> str:
+    if not (tensors[0].is_cuda or (interpreted() and tensors[0].device.type == "cpu")):
+        return f"tensors on {tensors[0].device.type}"
+    for x in tensors:
+        if x.is_floating_point() and x.dtype not in DTYPES:
+            return f"dtype {x.dtype}"
+        if x.dim() == 4 and x.shape[3] > MAX_HEAD_DIM:
+            return f"head_dim {x.shape[3]}, more than {MAX_HEAD_DIM}"
+    return ""
