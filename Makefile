@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-models bench gpu system lint train clean
+.PHONY: demo test test-models bench gpu system kernels lint train clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only -s
 	$(BIN)/python benchmarks/tables.py
 
-# SYSTEM=1 uses the torch, and everything else, that the machine's own Python has, and installs only this package.
+# Results go to benchmarks/results, or to $$ZIPVL_RESULTS. SYSTEM=1 uses the torch, and everything else, that the machine's own Python has, and installs only this package.
 ifdef SYSTEM
 GPU_PYTHON := $(PYTHON)
 gpu: system
@@ -35,11 +35,18 @@ else
 GPU_PYTHON := $(BIN)/python
 gpu: $(STAMP)
 endif
-	$(GPU_PYTHON) -m pytest -q tests/gpu
-	$(GPU_PYTHON) -m pytest -q benchmarks --benchmark-only -s
+	status=0; \
+	$(GPU_PYTHON) -m pytest -q tests/gpu || status=1; \
+	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_gpu_kernels.py benchmarks/test_gpu_prefill.py || status=1; \
+	$(GPU_PYTHON) -m pytest -q -s benchmarks --benchmark-only || status=1; \
+	exit $$status
 
 system:
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
+
+# Compiles every Triton kernel for every GPU target, without a GPU; writes docs/kernels.md.
+kernels: $(STAMP)
+	$(BIN)/python benchmarks/kernel_resources.py
 
 train: $(STAMP)
 	$(BIN)/python -m zipvl_compile.tiny_lvlm.train --out zipvl_compile/tiny_lvlm/checkpoint

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("ZIPVL_RESULTS", Path(__file__).parent / "results"))
 KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
 
 
@@ -54,6 +54,26 @@ def timed(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def device_times(variants: dict[str, Callable[[], object]], rounds: int = 20, warm_up: int = 5) -> dict[str, float]:
+    """Return the median time of every variant on the GPU, in seconds, by CUDA events; the variants run in turn.
+
+    A buffer of 256 MiB is written before every call, so that no variant finds its inputs in the L2 cache.
+    """
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(warm_up + rounds):
+        for name, run in variants.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if i >= warm_up:
+                times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:

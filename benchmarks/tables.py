@@ -56,9 +56,21 @@ def tiny_lvlm() -> str:
     return "\n".join([*table, "", f"{case}. {source(rows)}"])
 
 
+def gpu() -> str:
+    """Return the figures of the kernels on a GPU, or that there are none."""
+    if not (ROOT / "benchmarks" / "results" / "gpu.jsonl").exists():
+        return "Not measured yet: no GPU was at hand."
+    rows = latest("gpu")
+    table = ["| | | | |", "|---|---|---|---|"]
+    for (bench, case, variant), metrics in rows.items():
+        last = list(metrics.values())[-1]
+        table.append(f"| {bench} | {case} | {variant} | {last['metric']} {last['value']:.2f} |")
+    return "\n".join([*table, "", source(rows)])
+
+
 def render(text: str) -> str:
     """Return the README with its tables replaced."""
-    for name, table in (("speed", speed), ("tiny_lvlm", tiny_lvlm)):
+    for name, table in (("speed", speed), ("tiny_lvlm", tiny_lvlm), ("gpu", gpu)):
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text

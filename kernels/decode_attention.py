@@ -1,9 +1,11 @@
-"""Attention of new tokens over the compacted cache, and the append that precedes it.
+"""Attention of new tokens over the compacted cache.
 
     keys = [K[T]; later keys],  the i-th of them at logical position  T_i  for i < P,  prompt + i - P  after that
     o = softmax(cap(scale * q . keys^T) + mask[:, positions]) values
 
-The buffer has spare rows, so appending writes the new tokens in place and copies nothing.
+On a GPU parallel programs read parts of the keys (flash-decoding), and a second kernel joins the parts. The query heads
+of one KV head and the new tokens are the rows of one tile, so that the cache is read once. Inductor compiles both
+kernels with the graph.
 
 Source: ZipVL (arXiv 2410.08584), decoding over the KV cache of important tokens.
 """
@@ -11,10 +13,18 @@ Source: ZipVL (arXiv 2410.08584), decoding over the KV cache of important tokens
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
+from zipvl_compile.kernels import tiles
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.dense_attention import dense_attention
+from zipvl_compile.kernels.dispatch import is_traced, launchable, use_triton
 from zipvl_compile.kernels.masks import take
+from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
+
+PROGRAMS = 1024  # enough to fill a large GPU several times
+MAX_SPLITS = 64
 
 
 def cached_positions(positions: torch.Tensor, prompt: int, n: int) -> torch.Tensor:
@@ -32,68 +42,31 @@ def cached_positions(positions: torch.Tensor, prompt: int, n: int) -> torch.Tens
     return torch.cat([positions, later], dim=2)
 
 
-@torch.library.custom_op("zipvl::append_tokens", mutates_args=("keys", "values"))
-def _append_tokens(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel: str = "auto"
-) -> None:
-    for name, buffer, new in (("k", keys, k), ("v", values, v)):
-        expected = (*buffer.shape[:2], k.shape[2], buffer.shape[3])
-        if tuple(new.shape) != expected or new.dtype != buffer.dtype:
-            got = f"{new.dtype} {list(new.shape)}"
-            fail("append_tokens", name, f"{buffer.dtype} {list(expected)}, like the buffer", got, "Check the cache.")
-    end = at + k.shape[2]
-    if at < 0:
-        fail("append_tokens", "at", "a row of the buffer", at, "Count the cached tokens.")
-    if end > keys.shape[2] or end > values.shape[2]:
-        fail("append_tokens", "at", f"room for {end} tokens", keys.shape[2], "Grow the buffer first.")
-    keys[:, :, at:end].copy_(k)
-    values[:, :, at:end].copy_(v)
-
-
-@_append_tokens.register_fake
-def _(keys, values, k, v, at, kernel="auto"):
-    return None
-
-
-def append_tokens(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel: str = "auto"
-) -> None:
-    """Write new tokens into the cache buffers, in place.
-
-    Args:
-        keys, values: buffers `[B, Hkv, capacity, D]` and `[B, Hkv, capacity, Dv]`.
-        k, v: new tokens `[B, Hkv, m, D]` and `[B, Hkv, m, Dv]`.
-        at: first row to write, in tokens.
-        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
-
-    Raises:
-        ValueError: the buffers have no room; nothing was written then.
-    """
-    torch.ops.zipvl.append_tokens(keys, values, k, v, at, kernel)
-
-
-@torch.library.custom_op("zipvl::decode_attention", mutates_args=())
-def _decode_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    prompt: int,
-    n: int,
+def _check(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
     mask: torch.Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    kernel: str = "auto",
-) -> torch.Tensor:
-    batch, heads, m, _ = q.shape
-    kv_heads = keys.shape[1]
-    check_positions("decode_attention", positions, batch, kv_heads)
+) -> None:  # fmt: skip
+    check_positions("decode_attention", positions, q.shape[0], keys.shape[1])
     length = positions.shape[2] + n - prompt
     if not 0 < length <= keys.shape[2]:
         fail("decode_attention", "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
+    check_attention_inputs("decode_attention", q, keys[:, :, :length], values[:, :, :length])
+    check_mask("decode_attention", mask, q, q.shape[2], n)
+
+
+def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("zipvl::decode_attention_torch", mutates_args=())
+def _decode_torch(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    _check(q, keys, values, positions, prompt, n, mask)
+    batch, heads, m, _ = q.shape
+    kv_heads, length = keys.shape[1], positions.shape[2] + n - prompt
     k, v = keys[:, :, :length], values[:, :, :length]
-    check_attention_inputs("decode_attention", q, k, v)
-    check_mask("decode_attention", mask, q, m, n)
     out = _empty_output(q, values)
     if out.numel() == 0:
         return out
@@ -108,13 +81,123 @@ def _decode_attention(
     return out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
 
 
-def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[3]).transpose(1, 2)
-
-
-@_decode_attention.register_fake
-def _(q, keys, values, positions, prompt, n, mask, scale, softcap, kernel="auto"):
+@_decode_torch.register_fake
+def _(q, keys, values, positions, prompt, n, mask, scale, softcap):
     return _empty_output(q, values)
+
+
+@triton.jit
+def _decode_kernel(
+    q, keys, values, positions, mask, partial, tops, totals, P, prompt, length, part, m, scale, softcap, hidden_below,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mq, stride_mk, D, DV,
+    KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr,
+    ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of (head, new token) rows over one part of the cached keys."""
+    split = tl.program_id(0)
+    b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = r < FACTOR * m
+    head, token = (r // m).to(tl.int64), (r % m).to(tl.int64)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q += b * stride_qb + h * FACTOR * stride_qh
+    tile = tl.load(
+        q + head[:, None] * stride_qh + token[:, None] * stride_qn + d[None, :],
+        mask=inside[:, None] & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+    keys += b * stride_kb + h * stride_kh
+    values += b * stride_vb + h * stride_vh
+    positions += (b * GROUPS + h * GROUPS // KV_HEADS) * P
+    mask += b * stride_mb + h * FACTOR * stride_mh
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    end = tl.minimum((split + 1) * part, length)
+    for start in range(split * part, end, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        exists = column < end
+        wide = column.to(tl.int64)
+        k = tl.load(keys + wide[None, :] * stride_kn + d[:, None], mask=exists[None, :] & (d < D)[:, None], other=0.0)
+        scores = capped(dot(tile, k), scale, softcap, CAPPED)  # [BLOCK_M, BLOCK_N]
+        pointers = mask
+        if MASK != 0:  # the mask knows tokens by where they stand in the sequence
+            kept = tl.load(positions + column, mask=column < P, other=0)
+            where = tl.where(column < P, kept, wide - P + prompt)
+            pointers = mask + head[:, None] * stride_mh + where[None, :] * stride_mk
+            if not ROW:
+                pointers += token[:, None] * stride_mq
+        scores = masked(scores, exists[None, :] & inside[:, None], pointers, hidden_below, MASK)
+        v = tl.load(
+            values + wide[:, None] * stride_vn + dv[None, :], mask=exists[:, None] & (dv < DV)[None, :], other=0.0
+        )
+        top, total, result = absorb(top, total, result, scores, v)
+    row = (tl.program_id(1).to(tl.int64) * FACTOR * m + r) * SPLITS + split
+    tl.store(tops + row, top, mask=inside)
+    tl.store(totals + row, total, mask=inside)
+    tl.store(partial + row[:, None] * DV + dv[None, :], result, mask=inside[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _join_kernel(
+    partial, tops, totals, out, splits, m, stride_ob, stride_oh, stride_on, DV,
+    HEADS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one (sample, head, new token) row."""
+    row = tl.program_id(0).to(tl.int64)
+    split, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    used = split < splits
+    top = tl.load(tops + row * SPLITS + split, mask=used, other=float("-inf"))
+    best = tl.max(top, 0)
+    weights = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))  # [SPLITS]
+    total = tl.sum(tl.load(totals + row * SPLITS + split, mask=used, other=0.0) * weights, 0)
+    parts = tl.load(
+        partial + (row * SPLITS + split)[:, None] * DV + dv[None, :],
+        mask=used[:, None] & (dv < DV)[None, :], other=0.0,
+    )  # fmt: skip
+    result = tl.sum(parts * weights[:, None], 0) * tl.where(total > 0, 1.0 / total, 0.0)
+    token, head = row % m, row // m
+    pointers = out + head // HEADS * stride_ob + head % HEADS * stride_oh + token * stride_on + dv
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=dv < DV)
+
+
+@torch.library.triton_op("zipvl::decode_attention", mutates_args=())
+def _decode_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None, kernel: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    if not use_triton("decode_attention", kernel, q, keys, values):
+        return torch.ops.zipvl.decode_attention_torch(q, keys, values, positions, prompt, n, mask, scale, softcap)
+    if not is_traced(q):
+        _check(q, keys, values, positions, prompt, n, mask)
+    q, keys, values = (tiles.unit_stride(x) for x in (q, keys, values))
+    positions = positions.contiguous()
+    (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
+    length = positions.shape[2] + n - prompt
+    rows = heads // kv_heads * m
+    block_d, block_dv = tiles.head_blocks(width), tiles.head_blocks(width_v)
+    row_bytes = max(block_d, block_dv) * q.element_size()
+    block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    blocks = (rows + 15) // 16
+    splits = torch.sym_min(torch.sym_max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
+    part = ((length + splits - 1) // splits + block_n - 1) // block_n * block_n
+    partial = q.new_empty(batch * heads * m, MAX_SPLITS, width_v, dtype=torch.float32)
+    tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
+    out = _empty_output(q, values)
+    launchable(_decode_kernel)[(splits, batch * kv_heads, blocks)](
+        q, keys, values, positions, partial=partial, tops=tops, totals=totals, P=positions.shape[2], prompt=prompt,
+        length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
+        **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width, DV=width_v,
+        KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
+        BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
+        num_stages=tiles.pipelined(3),
+    )  # fmt: skip
+    launchable(_join_kernel)[(batch * heads * m,)](
+        partial, tops, totals, out, splits, m, **tiles.strides(o=out), DV=width_v,
+        HEADS=heads, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def decode_attention(

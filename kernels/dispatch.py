@@ -6,6 +6,8 @@ Triton, which on a CPU needs Triton's interpreter (TRITON_INTERPRET=1 before the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton import knobs
 
@@ -18,6 +20,16 @@ MAX_HEAD_DIM = 256  # a tile of keys and one of values must fit into shared memo
 def interpreted() -> bool:
     """Return whether Triton's kernels run in its interpreter, on the CPU."""
     return bool(knobs.runtime.interpret)
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Return whether a compiler is looking at `x`: then its sizes may be symbols, and a check would become a guard."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def launchable(kernel: Any) -> Any:
+    """Return `kernel` in the form that Inductor can compile with the graph around it."""
+    return kernel if interpreted() else torch.library.wrap_triton(kernel)
 
 
 def use_triton(operator: str, kernel: str, *tensors: torch.Tensor) -> bool:

@@ -11,8 +11,14 @@ Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from zipvl_compile.kernels.checks import check_positions, fail, per_head
+from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.tiles import unit_stride
+
+ROWS = 32  # tokens that one program copies
 
 
 @torch.library.custom_op("zipvl::token_positions", mutates_args=())
@@ -30,23 +36,105 @@ def token_positions(k: torch.Tensor) -> torch.Tensor:
     return torch.ops.zipvl.token_positions(k)
 
 
+def _gather_torch(x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    _, heads, _, width = x.shape
+    index = per_head(positions, heads).unsqueeze(3).expand(-1, -1, -1, width)  # [B, H, P, D]
+    torch.gather(x, 2, index, out=out[:, :, : positions.shape[2]])
+
+
+@triton.jit
+def _copy_rows(x, out, at, stride_n, rows, inside, valid, D, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    ok = inside[:, None] & (d < D)[None, :]
+    source = x + at[:, None] * stride_n + d[None, :]
+    target = out + rows[:, None] * D + d[None, :]
+    # A position outside the prompt gives NaN, which nobody overlooks.
+    tl.store(target, tl.load(source, mask=ok & valid[:, None], other=float("nan")), mask=ok)
+
+
+@triton.jit
+def _gather_kernel(
+    k, v, keys, values, positions, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    n, P, capacity, D, DV,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // HEADS).to(tl.int64)
+    h = (tl.program_id(1) % HEADS).to(tl.int64)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < P
+    group = h * GROUPS // HEADS
+    at = tl.load(positions + (b * GROUPS + group) * P + rows, mask=inside, other=0)  # [ROWS]
+    valid = (at >= 0) & (at < n)
+    first = tl.program_id(1).to(tl.int64) * capacity  # row of the head in the new buffers
+    k += b * stride_kb + h * stride_kh
+    _copy_rows(k, keys + first * D, at, stride_kn, rows, inside, valid, D, BLOCK_D)
+    if BLOCK_DV > 0:
+        v += b * stride_vb + h * stride_vh
+        _copy_rows(v, values + first * DV, at, stride_vn, rows, inside, valid, DV, BLOCK_DV)
+
+
+def _gather_triton(
+    k: torch.Tensor, v: torch.Tensor | None, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None
+) -> None:
+    k, positions = unit_stride(k), positions.contiguous()
+    v = None if v is None else unit_stride(v)
+    batch, heads, n, width = k.shape
+    p = positions.shape[2]
+    of_v, width_v = (k, 0) if v is None else (v, v.shape[3])
+    _gather_kernel[(triton.cdiv(p, ROWS), batch * heads)](
+        k, of_v, keys, keys if values is None else values, positions, *k.stride()[:3], *of_v.stride()[:3],
+        n, p, keys.shape[2], width, width_v,
+        HEADS=heads, GROUPS=positions.shape[1], BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_DV=triton.next_power_of_2(width_v) if width_v else 0, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("zipvl::gather_tokens", mutates_args=())
 def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, kernel: str = "auto") -> torch.Tensor:
-    if x.dim() != 4:
-        fail("gather_tokens", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
-    batch, heads, _, width = x.shape
-    check_positions("gather_tokens", positions, batch, heads)
-    p = positions.shape[2]
-    out = x.new_empty(batch, heads, p + spare, width)
-    index = per_head(positions, heads).unsqueeze(3).expand(-1, -1, -1, width)  # [B, H, P, D]
-    torch.gather(x, 2, index, out=out[:, :, :p])
+    _check("x", x, positions)
+    out = _buffer(x, positions, spare)
+    if out.numel() and use_triton("gather_tokens", kernel, x):
+        _gather_triton(x, None, positions, out, None)
+    else:
+        _gather_torch(x, positions, out)
     return out
+
+
+@torch.library.custom_op("zipvl::gather_kv", mutates_args=())
+def _gather_kv(
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int, kernel: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check("k", k, positions)
+    _check("v", v, positions)
+    if v.shape[:3] != k.shape[:3]:
+        fail("gather_kv", "v", f"batch, heads and tokens {list(k.shape[:3])}, like k", list(v.shape), "Pair k with v.")
+    keys, values = _buffer(k, positions, spare), _buffer(v, positions, spare)
+    if keys.numel() and values.numel() and use_triton("gather_kv", kernel, k, v):
+        _gather_triton(k, v, positions, keys, values)
+    else:
+        _gather_torch(k, positions, keys)
+        _gather_torch(v, positions, values)
+    return keys, values
+
+
+def _check(name: str, x: torch.Tensor, positions: torch.Tensor) -> None:
+    if x.dim() != 4:
+        fail("gather_tokens", name, "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
+    check_positions("gather_tokens", positions, x.shape[0], x.shape[1])
+
+
+def _buffer(x: torch.Tensor, positions: torch.Tensor, spare: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], positions.shape[2] + spare, x.shape[3])
 
 
 @_gather_tokens.register_fake
 def _(x, positions, spare, kernel="auto"):
-    batch, heads, _, width = x.shape
-    return x.new_empty(batch, heads, positions.shape[2] + spare, width)
+    return _buffer(x, positions, spare)
+
+
+@_gather_kv.register_fake
+def _(k, v, positions, spare, kernel="auto"):
+    return _buffer(k, positions, spare), _buffer(v, positions, spare)
 
 
 def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto") -> torch.Tensor:
@@ -65,3 +153,10 @@ def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, kern
         ValueError: shapes or dtypes that do not fit. RuntimeError: a position outside [0, n).
     """
     return torch.ops.zipvl.gather_tokens(x, positions, spare, kernel)
+
+
+def gather_kv(
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do `gather_tokens` for keys `[B, H, n, D]` and values `[B, H, n, Dv]` at once, in one launch."""
+    return torch.ops.zipvl.gather_kv(k, v, positions, spare, kernel)

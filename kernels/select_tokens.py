@@ -6,16 +6,27 @@
 `p` is data-dependent, so the size of the result is an unbacked symbol; with `keep_ratio`, or `tau = 1`, it is a
 plain function of `n` and the host never waits for the device.
 
+Sums are taken in fixed point, 2^-40 of a probe row's attention: integer sums do not depend on their order, so every
+device counts the same p. The kernels sort nothing. Scores are not negative, so their bit patterns order as they do,
+and a bisection over the 31 bits finds the score of the last token to keep: by sum for p, by count for the kept ones.
+
 Source: ZipVL (arXiv 2410.08584), layer-wise adaptive ratio assignment and selection of important tokens.
 """
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 
 import torch
+import triton
+import triton.language as tl
 
 from zipvl_compile.kernels.checks import fail
+from zipvl_compile.kernels.dispatch import use_triton
+
+FIXED = float(2**40)
+MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit
 
 
 def kept_count(n, keep_ratio: float, keep_recent: int):
@@ -25,17 +36,143 @@ def kept_count(n, keep_ratio: float, keep_recent: int):
     return torch.sym_min(torch.sym_max(count, keep_recent), n)
 
 
-def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> int:
-    """Return p over `accumulated [B, G, n]`: the largest, over samples and groups, of the per-sample counts."""
-    n = accumulated.shape[-1]
-    if accumulated.numel() == 0:
-        return n
-    ordered = accumulated.sort(-1, descending=True).values
-    running = ordered.cumsum(-1, dtype=torch.float64)
-    enough = tau * running[..., -1:]
+def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
+    """Return p of every sample and group of `accumulated [B, G, n]`: int64 `[B, G]`."""
+    ordered = (accumulated.sort(-1, descending=True).values * FIXED).to(torch.int64)
+    running = ordered.cumsum(-1)
+    enough = tau * running[..., -1:].double()
+    p = (running.double() < enough).sum(-1) + 1
     # NaN or inf somewhere in q or k: there is no ranking to trust, so keep all and give what dense gives.
-    p = torch.where(enough.isfinite().all(), (running < enough).sum(-1).max() + 1, n)
-    return min(int(p), n)
+    return torch.where(accumulated.isfinite().all(-1), p, accumulated.shape[-1])
+
+
+def _best_tokens(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int) -> torch.Tensor:
+    """Return the positions of the p best tokens, ascending: int64 `[B, G, p]`."""
+    normalised = accumulated / visible.clamp(min=1).unsqueeze(1)
+    # The newest visible tokens, counted from the end: with right padding they are not the last columns.
+    shown = visible > 0
+    newest = shown & (shown.flip(-1).cumsum(-1).flip(-1) <= keep_recent)
+    normalised.masked_fill_(newest.unsqueeze(1), float("inf"))
+    # A stable sort gives ties to the lower position, so that runs and devices agree.
+    order = normalised.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :p].sort(-1).values
+
+
+@triton.jit
+def _fewest_tokens_kernel(accumulated, out, n, tau_bits, FIXED: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scores = accumulated + row * n
+    at = tl.arange(0, BLOCK)
+    held = tl.load(scores + at, mask=at < n, other=0.0)  # [BLOCK]
+    total = tl.zeros([BLOCK], tl.int64)
+    strange = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        x = held if ONE else tl.load(scores + start + at, mask=start + at < n, other=0.0)
+        bits = x.to(tl.int32, bitcast=True)
+        strange |= ((bits & 0x7F800000) == 0x7F800000).to(tl.int32)
+        total += (x * FIXED).to(tl.int64)
+    tau = tl.cast(tau_bits, tl.float64, bitcast=True)
+    enough = tl.ceil(tau * tl.sum(total, 0).to(tl.float64)).to(tl.int64)
+    last = 0  # bits of the largest score from which on the scores add up to enough
+    for bit in range(31):
+        candidate = last | (1 << (30 - bit))
+        above = tl.zeros([BLOCK], tl.int64)
+        for start in range(0, n, BLOCK):
+            x = held if ONE else tl.load(scores + start + at, mask=start + at < n, other=0.0)
+            above += tl.where(x.to(tl.int32, bitcast=True) >= candidate, (x * FIXED).to(tl.int64), 0)
+        last = tl.where(tl.sum(above, 0) >= enough, candidate, last)
+    larger = tl.zeros([BLOCK], tl.int32)
+    above = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, n, BLOCK):
+        x = held if ONE else tl.load(scores + start + at, mask=start + at < n, other=0.0)
+        is_larger = x.to(tl.int32, bitcast=True) > last
+        larger += is_larger.to(tl.int32)
+        above += tl.where(is_larger, (x * FIXED).to(tl.int64), 0)
+    missing = enough - tl.sum(above, 0)
+    one = tl.maximum((tl.cast(last, tl.float32, bitcast=True) * FIXED).to(tl.int64), 1)
+    p = tl.sum(larger, 0) + ((missing + one - 1) // one).to(tl.int32)
+    p = tl.where(enough == 0, 1, tl.where(tl.max(strange, 0) != 0, n, p))
+    tl.store(out + row, p)
+
+
+@triton.jit
+def _ranking_bits(accumulated, visible, at, n, newest):
+    """Bits of the normalised score, which order as it does; the newest tokens rank as infinity."""
+    inside = at < n
+    seen = tl.load(visible + at, mask=inside, other=1.0)
+    x = tl.div_rn(tl.load(accumulated + at, mask=inside, other=0.0), tl.maximum(seen, 1.0))
+    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+    bits = tl.where((at >= newest) & (seen > 0), 0x7F800000, bits)
+    return tl.where(inside, bits, -1)
+
+
+@triton.jit
+def _best_tokens_kernel(
+    accumulated, visible, out, n, p, keep_recent, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    accumulated += row * n
+    visible += row // GROUPS * n
+    out += row * p
+    at = tl.arange(0, BLOCK)
+    shown = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        shown += (tl.load(visible + start + at, mask=start + at < n, other=0.0) > 0).to(tl.int32)
+    older = tl.sum(shown, 0) - keep_recent  # visible tokens before the newest ones
+    newest = n  # position of the first of the newest visible tokens
+    before = 0
+    for start in range(0, n, BLOCK):
+        seen = (tl.load(visible + start + at, mask=start + at < n, other=0.0) > 0).to(tl.int32)
+        rank = before + tl.cumsum(seen, 0) - 1
+        newest = tl.minimum(newest, tl.min(tl.where((seen != 0) & (rank >= older), start + at, n), 0))
+        before += tl.sum(seen, 0)
+
+    held = _ranking_bits(accumulated, visible, at, n, newest)  # [BLOCK]
+    last = 0  # bits of the score of the p-th best token
+    for bit in range(31):
+        candidate = last | (1 << (30 - bit))
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, n, BLOCK):
+            bits = held if ONE else _ranking_bits(accumulated, visible, start + at, n, newest)
+            count += (bits >= candidate).to(tl.int32)
+        last = tl.where(tl.sum(count, 0) >= p, candidate, last)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        bits = held if ONE else _ranking_bits(accumulated, visible, start + at, n, newest)
+        count += (bits > last).to(tl.int32)
+    wanted = p - tl.sum(count, 0)  # of the tokens that tie with the p-th, the first ones
+    ties = 0
+    written = 0
+    for start in range(0, n, BLOCK):
+        bits = held if ONE else _ranking_bits(accumulated, visible, start + at, n, newest)
+        tie = (bits == last).to(tl.int32)
+        keep = (bits > last) | ((tie != 0) & (ties + tl.cumsum(tie, 0) <= wanted))
+        rank = written + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(out + rank, (start + at).to(tl.int64), mask=keep)
+        ties += tl.sum(tie, 0)
+        written += tl.sum(keep.to(tl.int32), 0)
+
+
+def _tiling(n: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(n), MAX_BLOCK)
+    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 1024, 1), 16)}
+
+
+def _fewest_tokens_triton(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
+    out = torch.empty(accumulated.shape[:2], dtype=torch.int32, device=accumulated.device)
+    n = accumulated.shape[2]
+    (tau_bits,) = struct.unpack("<q", struct.pack("<d", tau))  # Triton would pass a float as fp32
+    _fewest_tokens_kernel[(out.numel(),)](accumulated.contiguous(), out, n, tau_bits, FIXED=FIXED, **_tiling(n))
+    return out
+
+
+def _best_tokens_triton(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int) -> torch.Tensor:
+    batch, groups, n = accumulated.shape
+    out = torch.empty(batch, groups, p, dtype=torch.int64, device=accumulated.device)
+    _best_tokens_kernel[(batch * groups,)](
+        accumulated.contiguous(), visible.contiguous(), out, n, p, keep_recent, GROUPS=groups, **_tiling(n)
+    )
+    return out
 
 
 @torch.library.custom_op("zipvl::select_tokens", mutates_args=())
@@ -53,22 +190,17 @@ def _select_tokens(
             f"{list(accumulated.shape)}, {list(visible.shape)}", "Pass what token_scores returned.",
         )  # fmt: skip
     batch, groups, n = accumulated.shape
+    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", kernel, accumulated, visible)
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
-    elif tau >= 1.0:
+    elif tau >= 1.0 or accumulated.numel() == 0:
         p = n
     else:
-        p = min(max(_fewest_tokens(accumulated, tau), keep_recent), n)
+        counts = (_fewest_tokens_triton if on_triton else _fewest_tokens)(accumulated, tau)
+        p = min(max(int(counts.max()), keep_recent), n)  # the one host read
     if p == n:
         return torch.arange(n, device=accumulated.device).repeat(batch, groups, 1)
-    normalised = accumulated / visible.clamp(min=1).unsqueeze(1)
-    # The newest visible tokens, counted from the end: with right padding they are not the last columns.
-    shown = visible > 0
-    newest = shown & (shown.flip(-1).cumsum(-1).flip(-1) <= keep_recent)
-    normalised.masked_fill_(newest.unsqueeze(1), float("inf"))
-    # A stable sort gives ties to the lower position, so that runs and devices agree.
-    order = normalised.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :p].sort(-1).values
+    return (_best_tokens_triton if on_triton else _best_tokens)(accumulated, visible, p, keep_recent)
 
 
 @_select_tokens.register_fake

@@ -6,16 +6,29 @@
 T is ascending, so a causal mask over kept tokens is again a plain causal mask and the work is dense attention
 over p tokens. With `all_queries`, every query attends to the kept keys that it may see.
 
+The Triton kernel reads queries and writes results through T, and writes the zeros of the other rows in the same pass.
+The alternative gathers the queries and hands dense tensors to PyTorch, whose vendor kernels are hard to beat where the
+shape suits them; `kernel="auto"` measures both once per kind of shape.
+
 Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 """
 
 from __future__ import annotations
 
-import torch
+import functools
 
+import torch
+import triton
+import triton.language as tl
+
+from zipvl_compile.kernels import fastest, tiles
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.dense_attention import dense_attention
+from zipvl_compile.kernels.dispatch import use_triton
 from zipvl_compile.kernels.masks import causal, take, visible
+from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
+
+KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
 
 
 def _empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -23,20 +36,200 @@ def _empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _attend_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
+    is_causal: bool, scale: float | None, softcap: float | None, every_query: bool, out: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    batch, heads, m, _ = q.shape
+    p = positions.shape[2]
+    # One group serves all heads unless each KV head keeps its own tokens.
+    where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
+    if every_query:
+        bias = None if mask is None else take(mask, batch, None, where)
+        if is_causal:
+            shown = causal(torch.arange(m, device=q.device), where)  # [B, 1 or Hq, n, P]
+            bias = shown if bias is None else _hide(bias, shown)
+        out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
+        if bias is not None:  # a query that sees no kept key gets no attention output
+            out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
+        return out
+
+    index = where.expand(-1, heads, -1).unsqueeze(3)  # [B, Hq, P, 1]
+    kept_q = q if m == p else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
+    bias = mask
+    if mask is not None and p < mask.shape[3]:
+        bias = take(mask, batch, where, where)
+    if bias is not None and is_causal:
+        bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
+    kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
+    if m == p:
+        return out.copy_(kept)
+    out.zero_()
+    return out.scatter_(2, index.expand(-1, -1, -1, v.shape[3]), kept)
+
+
+def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Return `mask` with everything outside `shown` hidden, in the form that `mask` has."""
+    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
+
+
+@triton.jit
+def _zero_rows(out, first, last, stride_on, DV, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Write zeros to the rows from `first` up to `last`."""
+    d = tl.arange(0, BLOCK_DV)
+    zeros = tl.zeros([BLOCK_M, BLOCK_DV], out.dtype.element_ty)
+    for start in range(first, last, BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
+        pointers = out + at.to(tl.int64)[:, None] * stride_on + d[None, :]
+        tl.store(pointers, zeros, mask=(at < last)[:, None] & (d < DV)[None, :])
+
+
+@triton.jit
+def _attend_columns(
+    state, tile, k, v, positions, mask, at, row, first, last, end, scale, softcap, hidden_below,
+    stride_kn, stride_vn, stride_mq, stride_mk, D, DV,
+    EDGE: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr,
+    ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the kept keys from `first` to `last`; away from the EDGE every query sees all of them."""
+    top, total, result = state
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for start in range(first, last, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        exists = column < end
+        wide = column.to(tl.int64)
+        keys = tl.load(k + wide[None, :] * stride_kn + d[:, None], mask=exists[None, :] & (d < D)[:, None], other=0.0)
+        scores = capped(dot(tile, keys), scale, softcap, CAPPED)  # [BLOCK_M, BLOCK_N]
+        shown = exists[None, :]
+        pointers = mask
+        if MASK != 0 or QUERIES == 2:
+            where = tl.load(positions + column, mask=exists, other=0)  # [BLOCK_N]
+        if EDGE and CAUSAL:
+            shown = shown & (where[None, :] <= at[:, None] if QUERIES == 2 else column[None, :] <= row[:, None])
+        if MASK != 0:
+            pointers = mask + where[None, :] * stride_mk
+            if not ROW:
+                pointers += at[:, None] * stride_mq
+        if EDGE or MASK != 0:
+            scores = masked(scores, shown, pointers, hidden_below, MASK)
+        values = tl.load(
+            v + wide[:, None] * stride_vn + dv[None, :], mask=exists[:, None] & (dv < DV)[None, :], other=0.0
+        )
+        top, total, result = absorb(top, total, result, scores, values)
+    return top, total, result
+
+
+@triton.jit
+def _sparse_attention_kernel(
+    q, k, v, out, positions, limits, mask, n, M, P, scale, softcap, hidden_below,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_mb, stride_mh, stride_mq, stride_mk, D, DV,
+    HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr, MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One block of queries over the kept keys. QUERIES: 0 the kept ones among all, 1 the kept ones only, 2 all."""
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a causal triangle start first
+    group = b * GROUPS + h * GROUPS // HEADS
+    positions += group * P
+    k += b * stride_kb + h // FACTOR * stride_kh
+    v += b * stride_vb + h // FACTOR * stride_vh
+    out += b * stride_ob + h * stride_oh
+    mask += b * stride_mb + h * stride_mh
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < M
+    at = tl.minimum(row, M - 1).to(tl.int64)  # where a query stands in the prompt
+    if QUERIES != 2:
+        at = tl.load(positions + at)
+    source = at if QUERIES == 0 else row.to(tl.int64)  # where it stands in q and out
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    if QUERIES == 0:  # the rows between the kept ones get zeros; those of this block are written over below
+        start = tl.load(positions + block * BLOCK_M, mask=block > 0, other=0)
+        stop = tl.load(positions + (block + 1) * BLOCK_M, mask=(block + 1) * BLOCK_M < P, other=n)
+        _zero_rows(out, start, stop, stride_on, DV, BLOCK_M, BLOCK_DV)
+        tl.debug_barrier()
+    queries = q + b * stride_qb + h * stride_qh + source[:, None] * stride_qn + d[None, :]
+    tile = tl.load(queries, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+    end, full = P, P  # keys that some query of the block sees, and that every one sees
+    if CAUSAL:
+        if QUERIES == 2:
+            limits += group * tl.num_programs(0) + block
+            end = tl.load(limits).to(tl.int32)
+            full = tl.load(limits - 1).to(tl.int32) if block > 0 else 0
+        else:
+            end = tl.minimum((block + 1) * BLOCK_M, P)
+            full = block * BLOCK_M
+    full = full // BLOCK_N * BLOCK_N
+    state = (
+        tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+    )  # fmt: skip
+    state = _attend_columns(
+        state, tile, k, v, positions, mask, at, row, 0, full, end, scale, softcap, hidden_below,
+        stride_kn, stride_vn, stride_mq, stride_mk, D, DV,
+        False, QUERIES, CAUSAL, CAPPED, MASK, ROW, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    _, total, result = _attend_columns(
+        state, tile, k, v, positions, mask, at, row, full, end, end, scale, softcap, hidden_below,
+        stride_kn, stride_vn, stride_mq, stride_mk, D, DV,
+        True, QUERIES, CAUSAL, CAPPED, MASK, ROW, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    result = result * tl.where(total > 0, 1.0 / total, 0.0)[:, None]  # a query that sees no kept key gets zeros
+    pointers = out + source[:, None] * stride_on + dv[None, :]
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :])
+
+
+def tilings(q: torch.Tensor, v: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    """Return the tilings worth trying, best guess first: queries and keys of a tile, warps, stages.
+
+    A stage holds a tile of keys and one of values in shared memory: 32 KiB for 64 keys of 128 elements in bf16.
+    """
+    width = max(tiles.head_blocks(q.shape[3]), tiles.head_blocks(v.shape[3])) * q.element_size()  # bytes of a row
+    if width <= 128:
+        return [(128, 64, 4, 3), (128, 128, 8, 3)]
+    if width <= 256:  # the larger tile does not fit into the 64 KiB of CDNA3
+        return [(128, 64, 8, 3)] if torch.version.hip else [(128, 64, 8, 3), (128, 128, 8, 2)]
+    if width <= 512:
+        return [(64, 32, 4, 2), (128, 32, 8, 2)]
+    return [(32, 16, 4, 1)]
+
+
+def _attend_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
+    is_causal: bool, scale: float | None, softcap: float | None, every_query: bool, out: torch.Tensor,
+    tiling: tuple[int, int, int, int],
+) -> torch.Tensor:  # fmt: skip
+    q, k, v, positions = tiles.unit_stride(q), tiles.unit_stride(k), tiles.unit_stride(v), positions.contiguous()
+    (batch, heads, m, width), p = q.shape, positions.shape[2]
+    block_m, block_n, warps, stages = tiling
+    n = m if mask is None else mask.shape[3]
+    blocks = triton.cdiv(m if every_query else p, block_m)
+    limits = positions
+    if every_query and is_causal:  # how many kept tokens stand at or before the last query of each block
+        ends = torch.arange(1, blocks + 1, device=q.device) * block_m - 1
+        limits = torch.searchsorted(positions, ends.expand(*positions.shape[:2], -1).contiguous(), right=True)
+    _sparse_attention_kernel[(blocks, batch * heads)](
+        q, k, v, out, positions, limits, n=n, M=m if every_query else p, P=p,
+        scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
+        **tiles.strides(q=q, k=k, v=v, o=out),
+        D=width, DV=v.shape[3], **tiles.mask_arguments(mask, q),
+        HEADS=heads, FACTOR=heads // k.shape[1], GROUPS=positions.shape[1],
+        QUERIES=ALL if every_query else KEPT_ONLY if m == p else KEPT_OF_ALL,
+        CAUSAL=is_causal, CAPPED=softcap is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=tiles.head_blocks(width), BLOCK_DV=tiles.head_blocks(v.shape[3]),
+        num_warps=warps, num_stages=tiles.pipelined(stages),
+    )  # fmt: skip
+    return out
+
+
 @torch.library.custom_op("zipvl::sparse_attention", mutates_args=())
 def _sparse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    all_queries: bool,
-    kernel: str = "auto",
-) -> torch.Tensor:
-    batch, heads, m, _ = q.shape
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
+    is_causal: bool, scale: float | None, softcap: float | None, all_queries: bool, kernel: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    batch, _, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
     n = m if mask is None or m != p else mask.shape[-1]  # queries of the kept tokens only may come with a full mask
@@ -51,35 +244,16 @@ def _sparse_attention(
     out = _empty_output(q, v)
     if out.numel() == 0:
         return out
-    # One group serves all heads unless each KV head keeps its own tokens.
-    where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
-    if all_queries and p < n:  # where every token is kept, this is the dense attention below
-        bias = None if mask is None else take(mask, batch, None, where)
-        if is_causal:
-            shown = causal(torch.arange(n, device=q.device), where)  # [B, 1 or Hq, n, P]
-            bias = shown if bias is None else _hide(bias, shown)
-        out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
-        if bias is not None:  # a query that sees no kept key gets no attention output
-            out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
-        return out
-
-    index = where.expand(-1, heads, -1).unsqueeze(3)  # [B, Hq, P, 1]
-    kept_q = q if m == p else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
-    bias = mask
-    if mask is not None and p < n:
-        bias = take(mask, batch, where, where)
-    if bias is not None and is_causal:
-        bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
-    kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
-    if m == p:
-        return out.copy_(kept)
-    out.zero_()
-    return out.scatter_(2, index.expand(-1, -1, -1, v.shape[3]), kept)
-
-
-def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Return `mask` with everything outside `shown` hidden, in the form that `mask` has."""
-    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
+    arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n, out)
+    if not use_triton("sparse_attention", kernel, q, k, v):
+        return _attend_torch(*arguments)
+    by_tiling = {f"triton {t}": functools.partial(_attend_triton, *arguments, t) for t in tilings(q, v)}
+    if kernel == "triton":
+        return next(iter(by_tiling.values()))()
+    kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
+    shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
+    key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
+    return fastest.run(key, by_tiling | fastest.sdpa_backends(functools.partial(_attend_torch, *arguments)))
 
 
 @_sparse_attention.register_fake

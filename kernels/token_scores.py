@@ -9,85 +9,37 @@
 R is the `recent` newest rows and `random` rows drawn, seeded, from the others. `accumulated / visible` is the
 normalised score, which does not favour old tokens only because more rows can see them.
 
+On a GPU two kernels make two passes over the keys: softmax statistics of every probe row, then column sums. No score is
+ever in memory, and the query heads of one KV head share the keys that they read.
+
 Source: ZipVL (arXiv 2410.08584), probe tokens and accumulated / normalised attention scores.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
+import triton
+import triton.language as tl
 
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.dense_attention import soft_capped
+from zipvl_compile.kernels.dispatch import use_triton
 from zipvl_compile.kernels.masks import causal, visible
+from zipvl_compile.kernels.probe_rows import cached_probe_rows
+from zipvl_compile.kernels.tiles import capped, dot, head_blocks, mask_arguments, masked, strides, unit_stride
+
+MAX_SPLITS = 16  # parts of the keys that pass 1 reads in parallel
+PROGRAMS = 1024  # enough to fill a large GPU several times
 
 
-@functools.lru_cache(maxsize=512)
-def _probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
-    if n <= recent + random:
-        return torch.arange(n)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(n - recent, generator=generator)[:random].sort().values
-    return torch.cat([drawn, torch.arange(n - recent, n)])
-
-
-def probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
-    """Return the probe rows of an `n`-token prompt: int64 `[m]`, ascending, `m = min(n, recent + random)`.
-
-    Args:
-        n: prompt length in tokens.
-        recent: newest rows that are always probes.
-        random: rows drawn without replacement from the rest.
-        seed: of the draw; equal arguments give equal rows, on every device.
-    """
-    return _probe_rows(n, recent, random, seed).clone()
-
-
-@torch.library.custom_op("zipvl::probe_positions", mutates_args=())
-def _probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> torch.Tensor:
-    return probe_rows(k.shape[2], recent, random, seed).to(k.device)
-
-
-@_probe_positions.register_fake
-def _(k, recent, random, seed):
-    return k.new_empty(torch.sym_min(k.shape[2], recent + random), dtype=torch.int64)
-
-
-@torch.library.custom_op("zipvl::token_scores", mutates_args=())
-def _token_scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    recent: int,
-    random: int,
-    seed: int,
-    groups: int,
-    kernel: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_attention_inputs("token_scores", q, k, None)
-    batch, query_heads, given, _ = q.shape
-    kv_heads, n = k.shape[1], k.shape[2]
-    check_mask("token_scores", mask, q, n, n)
-    rows = _probe_rows(n, recent, random, seed)  # [m]
-    if given not in (n, rows.numel()):
-        fail(
-            "token_scores", "q", f"{n} tokens, like k, or the {rows.numel()} probe rows", given,
-            "Only a prefill of a whole prompt is scored.",
-        )  # fmt: skip
-    if kv_heads % groups != 0:
-        fail("token_scores", "groups", f"a divisor of {kv_heads} KV heads", groups, "Use 1 or the KV head count.")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+def _scores_torch(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
+    rows: torch.Tensor, groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    (batch, query_heads, given, _), (_, kv_heads, n, _) = q.shape, k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
     seen = torch.zeros(batch, n, dtype=dtype, device=q.device)
-    if batch == 0 or n == 0:
-        return accumulated, seen
-
-    rows = rows.to(q.device)
     if given == n:
         q = q.index_select(2, rows)  # [B, Hq, m, D]
     columns = torch.arange(n, device=q.device)
@@ -123,6 +75,183 @@ def _token_scores(
             weights = torch.softmax(scores, -1)
         accumulated[:, head * groups // kv_heads] += weights.sum((1, 2)) / per_group
     return accumulated, seen
+
+
+@triton.jit
+def _probe_tile(q, rows, r, m, factor_m, stride_qh, stride_qn, D, COMPACT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries of the packed rows `r` (head * m + probe) and their positions in the prompt; -1 outside."""
+    d = tl.arange(0, BLOCK_D)
+    inside = r < factor_m
+    at = tl.load(rows + r % m, mask=inside, other=-1)  # [M]
+    row = (r % m).to(tl.int64) if COMPACT else at
+    pointers = q + (r // m).to(tl.int64)[:, None] * stride_qh + row[:, None] * stride_qn + d[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0), at
+
+
+@triton.jit
+def _tile_scores(
+    tile, at, r, k, mask, columns, n, m, scale, softcap, hidden_below,
+    stride_kn, stride_mh, stride_mq, stride_mk, D,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores `[M, N]` of a tile of probe rows over the keys at `columns`."""
+    d = tl.arange(0, BLOCK_D)
+    inside = columns < n
+    keys = tl.load(
+        k + columns.to(tl.int64)[None, :] * stride_kn + d[:, None],
+        mask=inside[None, :] & (d < D)[:, None], other=0.0,
+    )  # fmt: skip
+    scores = capped(dot(tile, keys), scale, softcap, CAPPED)
+    shown = inside[None, :] & (at >= 0)[:, None]
+    if CAUSAL:
+        shown = shown & (columns[None, :] <= at[:, None])
+    pointers = mask + (r // m).to(tl.int64)[:, None] * stride_mh + columns.to(tl.int64)[None, :] * stride_mk
+    if not ROW:
+        pointers += at[:, None] * stride_mq
+    return masked(scores, shown, pointers, hidden_below, MASK)
+
+
+@triton.jit
+def _row_statistics_kernel(
+    q, k, mask, rows, maxima, sums, n, m, part, scale, softcap, hidden_below,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mq, stride_mk, D,
+    KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, COMPACT: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials of every packed probe row over one part of the keys."""
+    b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    split = tl.program_id(2)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q += b * stride_qb + h * FACTOR * stride_qh
+    k += b * stride_kb + h * stride_kh
+    mask += b * stride_mb + h * FACTOR * stride_mh
+    tile, at = _probe_tile(q, rows, r, m, FACTOR * m, stride_qh, stride_qn, D, COMPACT, BLOCK_D)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.minimum((split + 1) * part, n)
+    if CAUSAL:
+        end = tl.minimum(end, tl.max(at, 0).to(tl.int32) + 1)
+    for start in range(split * part, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        scores = _tile_scores(
+            tile, at, r, k, mask, columns, n, m, scale, softcap, hidden_below,
+            stride_kn, stride_mh, stride_mq, stride_mk, D, CAUSAL, CAPPED, MASK, ROW, BLOCK_D,
+        )  # fmt: skip
+        new = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        top = new
+    out = (tl.program_id(1).to(tl.int64) * FACTOR * m + r) * SPLITS + split
+    tl.store(maxima + out, top, mask=r < FACTOR * m)
+    tl.store(sums + out, total, mask=r < FACTOR * m)
+
+
+@triton.jit
+def _column_sums_kernel(
+    q, k, mask, rows, maxima, sums, out, seen, used, n, m, scale, softcap, hidden_below,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mq, stride_mk, D,
+    KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, COMPACT: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Attention that the probe rows of one KV head give to each key, and (first head) how many rows see the key."""
+    b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q += b * stride_qb + h * FACTOR * stride_qh
+    k += b * stride_kb + h * stride_kh
+    mask += b * stride_mb + h * FACTOR * stride_mh
+    statistics = tl.program_id(1).to(tl.int64) * FACTOR * m * SPLITS
+    splits = tl.arange(0, SPLITS)
+    weights = tl.zeros([BLOCK_N], tl.float32)
+    count = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, FACTOR * m, BLOCK_M):
+        r = start + tl.arange(0, BLOCK_M)
+        inside = (r < FACTOR * m)[:, None] & (splits < used)[None, :]
+        where = statistics + r[:, None] * SPLITS + splits[None, :]
+        tops = tl.load(maxima + where, mask=inside, other=float("-inf"))  # [M, SPLITS]
+        top = tl.max(tops, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.load(sums + where, mask=inside, other=0.0) * tl.exp2(tops - top[:, None]), 1)
+        tile, at = _probe_tile(q, rows, r, m, FACTOR * m, stride_qh, stride_qn, D, COMPACT, BLOCK_D)
+        scores = _tile_scores(
+            tile, at, r, k, mask, columns, n, m, scale, softcap, hidden_below,
+            stride_kn, stride_mh, stride_mq, stride_mk, D, CAUSAL, CAPPED, MASK, ROW, BLOCK_D,
+        )  # fmt: skip
+        # A row that sees nothing is padding: total is 0, it gives no score and does not count.
+        share = tl.where(total > 0, 1.0 / total, 0.0)
+        weights += tl.sum(tl.exp2(scores - top[:, None]) * share[:, None], 0)
+        count += tl.sum(((scores > float("-inf")) & (r < m)[:, None]).to(tl.float32), 0)
+    tl.store(out + tl.program_id(1).to(tl.int64) * n + columns, weights, mask=columns < n)
+    if h == 0:
+        tl.store(seen + b * n + columns, count, mask=columns < n)
+
+
+def _scores_triton(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
+    rows: torch.Tensor, groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k = unit_stride(q), unit_stride(k)
+    (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
+    factor, m = query_heads // kv_heads, rows.numel()
+    block_d = head_blocks(width)
+    wide = block_d * q.element_size() > 256  # a tile of 64 keys or probes is more than 16 KiB
+    block_m, block_n = (32, 32) if block_d * q.element_size() > 512 else (64, 64 if wide else 128)
+    blocks = triton.cdiv(factor * m, block_m)
+    splits = min(max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
+    part = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
+    used = triton.cdiv(n, part)
+    statistics = torch.empty(2, batch, kv_heads, factor * m, MAX_SPLITS, dtype=torch.float32, device=q.device)
+    weights = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=q.device)
+    seen = torch.empty(batch, n, dtype=torch.float32, device=q.device)
+    common = {
+        "n": n, "m": m, "scale": scale, "softcap": softcap or 0.0,
+        **strides(q=q, k=k), "D": width, **mask_arguments(mask, q),
+        "KV_HEADS": kv_heads, "FACTOR": factor, "COMPACT": given != n, "CAUSAL": is_causal,
+        "CAPPED": softcap is not None, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
+        "SPLITS": MAX_SPLITS, "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+    common |= {"q": q, "k": k, "rows": rows, "maxima": statistics[0], "sums": statistics[1]}
+    _row_statistics_kernel[(blocks, batch * kv_heads, used)](**common, part=part)
+    _column_sums_kernel[(triton.cdiv(n, block_n), batch * kv_heads)](**common, used=used, out=weights, seen=seen)
+    if mask is not None and mask.shape[1] > 1:  # a row counts once if any head lets it see the token
+        seen = _seen(mask, rows, is_causal, n).sum(1, dtype=torch.float32).expand(batch, -1).contiguous()
+    per_group = query_heads // groups
+    return weights.view(batch, groups, kv_heads // groups, n).sum(2) / per_group, seen
+
+
+def _seen(mask: torch.Tensor, rows: torch.Tensor, is_causal: bool, n: int) -> torch.Tensor:
+    """Return which tokens each probe row may see through any head: bool `[B or 1, m, n]`."""
+    shown = visible(mask.index_select(2, rows) if mask.shape[2] > 1 else mask.expand(-1, -1, rows.numel(), -1))
+    if is_causal:
+        shown = shown & causal(rows, torch.arange(n, device=rows.device))
+    return shown.any(1)
+
+
+@torch.library.custom_op("zipvl::token_scores", mutates_args=())
+def _token_scores(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
+    softcap: float | None, recent: int, random: int, seed: int, groups: int, kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    check_attention_inputs("token_scores", q, k, None)
+    batch, _, given, _ = q.shape
+    kv_heads, n = k.shape[1], k.shape[2]
+    check_mask("token_scores", mask, q, n, n)
+    rows = cached_probe_rows(n, recent, random, seed)  # [m]
+    if given not in (n, rows.numel()):
+        fail(
+            "token_scores", "q", f"{n} tokens, like k, or the {rows.numel()} probe rows", given,
+            "Only a prefill of a whole prompt is scored.",
+        )  # fmt: skip
+    if kv_heads % groups != 0:
+        fail("token_scores", "groups", f"a divisor of {kv_heads} KV heads", groups, "Use 1 or the KV head count.")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if batch == 0 or n == 0:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_zeros(batch, groups, n, dtype=dtype), q.new_zeros(batch, n, dtype=dtype)
+    rows = rows.to(q.device)
+    run = _scores_triton if use_triton("token_scores", kernel, q, k) else _scores_torch
+    return run(q, k, mask, is_causal, scale, softcap, rows, groups)
 
 
 @_token_scores.register_fake

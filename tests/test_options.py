@@ -22,7 +22,7 @@ GOOD = {
     "evict": ["drop", "keep"],
     "min_tokens": [0, 1, 100_000],
     "inner": ["inductor", "aot_eager", "eager"],
-    "kernel": ["auto", "torch"],
+    "kernel": ["auto", "triton", "torch"],
     "mode": [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
 }
 BAD = {
@@ -37,7 +37,7 @@ BAD = {
     "evict": ["Drop", "none", None, True, False, ["keep"]],
     "min_tokens": [-1, 0.5, "512", None, True],
     "inner": ["triton", "", None, 0, {}],
-    "kernel": ["triton", "cuda", None],
+    "kernel": ["Triton", "cuda", None],
     "mode": ["fast", "", 3, ["default"], True],
 }
 NAMES = [field.name for field in dataclasses.fields(ZipVLOptions)]
@@ -120,7 +120,7 @@ def test_at_least_one_probe_row():
         ZipVLOptions.parse({"recent_probes": 0, "random_probes": 0})
 
 
-@pytest.mark.parametrize(("name", "value"), [("groups", "kv_head"), ("kernel", "triton")])
+@pytest.mark.parametrize(("name", "value"), [("groups", "kv_head")])
 def test_what_is_not_available_yet_says_so(name, value):
     with pytest.raises(ValueError, match="not available yet") as raised:
         ZipVLOptions.parse({name: value})
@@ -160,7 +160,7 @@ BY_COMPILE = {
     "value": ({"options": {"tau": 2}}, "zipvl option 'tau': expected a fraction in (0, 1], got 2."),
     "name": ({"options": {"tua": 0.5}}, "Did you mean 'tau'?"),
     "groups": ({"options": {"groups": "kv_head"}}, "not available yet"),
-    "kernel": ({"options": {"kernel": "triton"}}, "not available yet"),
+    "kernel": ({"options": {"kernel": "cuda"}}, "zipvl option 'kernel': expected \"auto\", \"triton\" or \"torch\""),
     "mode": ({"mode": "fast"}, "zipvl option 'mode': expected None or a mode of torch.compile, got 'fast'."),
     "mode-in-options": ({"options": {"mode": "fast"}}, "zipvl option 'mode'"),
     "probes": ({"options": {"recent_probes": 0, "random_probes": 0}}, "at least one probe row"),

@@ -7,6 +7,7 @@ module also registers the KV cache layer with transformers, before the model mak
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,9 +86,11 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
     once more for every layer that happened to keep equally many tokens twice.
     """
-    kinds = (torch.ops.zipvl.gather_tokens, torch.ops.zipvl.select_tokens, torch.ops.zipvl.token_positions)
+    ops = torch.ops.zipvl
+    kinds = (ops.gather_tokens, ops.gather_kv, ops.select_tokens, ops.token_positions)
     outputs = gm.graph.output_node().args[0]
-    return [i for i, node in enumerate(outputs) if any(is_call(node, kind) for kind in kinds)]  # type: ignore
+    made_by = [node.args[0] if is_call(node, operator.getitem) else node for node in outputs]  # type: ignore
+    return [i for i, node in enumerate(made_by) if any(is_call(node, kind) for kind in kinds)]
 
 
 def _compile(gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions) -> Callable[..., Any]:

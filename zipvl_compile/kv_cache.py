@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import append_tokens as _append  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.outside import check_generate_is_compiled, read_in_eager

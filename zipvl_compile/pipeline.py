@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph
 
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes import leave_dense, read_compact_cache, sparsify_prefill
+from zipvl_compile.passes import choose_kernels, fuse_gathers, leave_dense, read_compact_cache, sparsify_prefill
 from zipvl_compile.passes.pass_report import PassReport
 
 
@@ -27,5 +27,7 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
         read_compact_cache.apply(graph),
         leave_dense.apply(graph),
     ]
+    fuse_gathers.apply(graph)
+    choose_kernels.apply(graph, options.kernel)
     graph.lint()
     return reports

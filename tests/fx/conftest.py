@@ -12,7 +12,7 @@ from reference import paper as model_of_the_paper
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zipvl_compile.kernels.token_scores import probe_rows
+from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.passes import leave_dense, read_compact_cache, sparsify_prefill
 
 SELECTION = {

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zipvl_compile.kernels.token_scores import probe_rows
+from zipvl_compile.kernels.probe_rows import probe_rows
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
 SDPA_FORMS = ("enable_gqa", "expand", "interleave", "torch-interleave")

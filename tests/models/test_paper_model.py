@@ -12,7 +12,7 @@ import torch
 from reference import paper
 from tiny_llava import compiled, inputs, model
 
-from zipvl_compile.kernels.token_scores import probe_rows
+from zipvl_compile.kernels.probe_rows import probe_rows
 
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.decode_attention import append_tokens, cached_positions, decode_attention
+from zipvl_compile.kernels.append_tokens import append_tokens
+from zipvl_compile.kernels.decode_attention import cached_positions, decode_attention
 from zipvl_compile.kernels.gather_tokens import gather_tokens
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zipvl_compile.kernels.token_scores import probe_rows
+from zipvl_compile.kernels.probe_rows import probe_rows
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 63, 127, 128])

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.cases import MASKS
 
-from zipvl_compile.kernels.token_scores import probe_rows, token_scores
+from zipvl_compile.kernels.probe_rows import probe_rows
+from zipvl_compile.kernels.token_scores import token_scores
 
 
 def check(paper, cases, q, k, mask=None, is_causal=True, scale=None, recent=9, random=7, groups=1):

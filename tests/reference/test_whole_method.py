@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.decode_attention import append_tokens, decode_attention
+from zipvl_compile.kernels.append_tokens import append_tokens
+from zipvl_compile.kernels.decode_attention import decode_attention
 from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
-from zipvl_compile.kernels.token_scores import probe_rows, token_scores
+from zipvl_compile.kernels.token_scores import token_scores
 
 PROBES = {"recent": 12, "random": 12, "seed": 4}
 

@@ -1,0 +1,44 @@
+"""The probe rows: whose attention is measured in the place of everyone's.
+
+R is the `recent` newest rows and `random` rows drawn, seeded, from the others.
+
+Source: ZipVL (arXiv 2410.08584), probe tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.lru_cache(maxsize=512)
+def cached_probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
+    """Return `probe_rows` without a copy: do not write to it."""
+    if n <= recent + random:
+        return torch.arange(n)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(n - recent, generator=generator)[:random].sort().values
+    return torch.cat([drawn, torch.arange(n - recent, n)])
+
+
+def probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
+    """Return the probe rows of an `n`-token prompt: int64 `[m]`, ascending, `m = min(n, recent + random)`.
+
+    Args:
+        n: prompt length in tokens.
+        recent: newest rows that are always probes.
+        random: rows drawn without replacement from the rest.
+        seed: of the draw; equal arguments give equal rows, on every device.
+    """
+    return cached_probe_rows(n, recent, random, seed).clone()
+
+
+@torch.library.custom_op("zipvl::probe_positions", mutates_args=())
+def _probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> torch.Tensor:
+    return probe_rows(k.shape[2], recent, random, seed).to(k.device)
+
+
+@_probe_positions.register_fake
+def _(k, recent, random, seed):
+    return k.new_empty(torch.sym_min(k.shape[2], recent + random), dtype=torch.int64)

@@ -1,0 +1,64 @@
+"""What compilers make of the kernels, without a GPU: machine code for every target, and one graph with the model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRACE = """
+import torch, triton
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses import FakeTensorMode
+from functorch.compile import make_boxed_func
+from triton.backends.compiler import GPUTarget
+from zipvl_compile.kernels import append_tokens, decode_attention
+
+class Driver:  # Inductor asks which GPU there is, to see what a kernel writes
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+
+triton.runtime.driver.set_active(Driver())
+ops = torch.ops.zipvl
+
+class Step(torch.nn.Module):
+    def forward(self, q, keys, values, k, v, positions, mask):
+        ops.append_tokens(keys, values, k, v, 17)
+        return (ops.decode_attention(q, keys, values, positions, 32, 40, mask, None, None),)
+
+def show(graph, inputs):
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            print(node.target, sorted(node.kwargs.get("tensors_to_clone", [])))
+    return make_boxed_func(graph.forward)
+
+with FakeTensorMode(), torch.no_grad():
+    def new(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, device="cuda", dtype=dtype)
+    inputs = (new(2, 8, 1, 64), new(2, 2, 64, 64), new(2, 2, 64, 64), new(2, 2, 1, 64), new(2, 2, 1, 64),
+              new(2, 1, 10, dtype=torch.int64), new(2, 1, 1, 40, dtype=torch.bool))
+    aot_module_simplified(Step(), inputs, fw_compiler=show)
+"""
+
+
+def python(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target_and_fits():
+    done = python("benchmarks/kernel_resources.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert " 0 failed" in done.stdout
+
+
+def test_decoding_on_a_gpu_is_kernels_in_the_graph_that_copy_no_cache():
+    done = python("-c", TRACE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("triton_kernel_wrapper")]
+    # What a launch may write; the cache is written by the append alone.
+    assert launches == ["['keys', 'values']", "['partial', 'tops', 'totals']", "['out']"], done.stdout
+    assert "zipvl" not in done.stdout, "no operator is left for Python to dispatch"
