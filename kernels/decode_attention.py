@@ -165,9 +165,9 @@ def _join_kernel(
 @torch.library.triton_op("zipvl::decode_attention", mutates_args=())
 def _decode_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
-    mask: torch.Tensor | None, scale: float | None, softcap: float | None, kernel: str = "auto",
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None, use: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    if not use_triton("decode_attention", kernel, q, keys, values):
+    if not use_triton("decode_attention", use, q, keys, values):
         return torch.ops.zipvl.decode_attention_torch(q, keys, values, positions, prompt, n, mask, scale, softcap)
     if not is_traced(q):
         _check(q, keys, values, positions, prompt, n, mask)
@@ -211,7 +211,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    kernel: str = "auto",
+    use: str = "auto",
 ) -> torch.Tensor:
     """Attend from new tokens to the compacted cache, whose last tokens they are.
 
@@ -224,7 +224,7 @@ def decode_attention(
         mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m or 1, n]`; None shows everything.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
-        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, Hq, m, Dv]`, token-major in memory.
@@ -234,4 +234,4 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap, kernel)
+    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap, use)

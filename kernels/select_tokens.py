@@ -182,7 +182,7 @@ def _select_tokens(
     tau: float,
     keep_ratio: float | None,
     keep_recent: int,
-    kernel: str = "auto",
+    use: str = "auto",
 ) -> torch.Tensor:
     if accumulated.dim() != 3 or visible.dim() != 2 or accumulated.shape[::2] != visible.shape:
         fail(
@@ -190,7 +190,7 @@ def _select_tokens(
             f"{list(accumulated.shape)}, {list(visible.shape)}", "Pass what token_scores returned.",
         )  # fmt: skip
     batch, groups, n = accumulated.shape
-    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", kernel, accumulated, visible)
+    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", use, accumulated, visible)
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
     elif tau >= 1.0 or accumulated.numel() == 0:
@@ -204,7 +204,7 @@ def _select_tokens(
 
 
 @_select_tokens.register_fake
-def _(accumulated, visible, tau, keep_ratio, keep_recent, kernel="auto"):
+def _(accumulated, visible, tau, keep_ratio, keep_recent, use="auto"):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
@@ -222,7 +222,7 @@ def select_tokens(
     tau: float = 0.975,
     keep_ratio: float | None = None,
     keep_recent: int = 1,
-    kernel: str = "auto",
+    use: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens to keep.
 
@@ -232,7 +232,7 @@ def select_tokens(
         tau: fraction of the accumulated score to keep, in (0, 1]; 1 keeps every token.
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
         keep_recent: newest visible tokens that are always kept.
-        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs; the others keep their
@@ -248,4 +248,4 @@ def select_tokens(
             fail("select_tokens", name, "a fraction in (0, 1]", value, "Use 1.0 to keep every token.")
     if keep_recent < 1:
         fail("select_tokens", "keep_recent", "at least 1 token", keep_recent, "The newest token must be kept.")
-    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, kernel)
+    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, use)

@@ -8,7 +8,7 @@ over p tokens. With `all_queries`, every query attends to the kept keys that it 
 
 The Triton kernel reads queries and writes results through T, and writes the zeros of the other rows in the same pass.
 The alternative gathers the queries and hands dense tensors to PyTorch, whose vendor kernels are hard to beat where the
-shape suits them; `kernel="auto"` measures both once per kind of shape.
+shape suits them; `use="auto"` measures both once per kind of shape.
 
 Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 """
@@ -227,7 +227,7 @@ def _attend_triton(
 @torch.library.custom_op("zipvl::sparse_attention", mutates_args=())
 def _sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
-    is_causal: bool, scale: float | None, softcap: float | None, all_queries: bool, kernel: str = "auto",
+    is_causal: bool, scale: float | None, softcap: float | None, all_queries: bool, use: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     batch, _, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
@@ -245,10 +245,10 @@ def _sparse_attention(
     if out.numel() == 0:
         return out
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n, out)
-    if not use_triton("sparse_attention", kernel, q, k, v):
+    if not use_triton("sparse_attention", use, q, k, v):
         return _attend_torch(*arguments)
     by_tiling = {f"triton {t}": functools.partial(_attend_triton, *arguments, t) for t in tilings(q, v)}
-    if kernel == "triton":
+    if use == "triton":
         return next(iter(by_tiling.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
     shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
@@ -257,7 +257,7 @@ def _sparse_attention(
 
 
 @_sparse_attention.register_fake
-def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, kernel="auto"):
+def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, use="auto"):
     return _empty_output(q, v)
 
 
@@ -272,7 +272,7 @@ def sparse_attention(
     scale: float | None = None,
     softcap: float | None = None,
     all_queries: bool = False,
-    kernel: str = "auto",
+    use: str = "auto",
 ) -> torch.Tensor:
     """Attend among the kept tokens and write the results to their rows.
 
@@ -285,7 +285,7 @@ def sparse_attention(
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
         all_queries: give every query, not only the kept ones, its attention output.
-        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, Hq, n, Dv]`, token-major in memory; zero rows for tokens without attention output. `[B, Hq, P, Dv]` for
@@ -296,4 +296,4 @@ def sparse_attention(
 
     Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
     """
-    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, kernel)
+    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, use)

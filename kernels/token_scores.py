@@ -231,7 +231,7 @@ def _seen(mask: torch.Tensor, rows: torch.Tensor, is_causal: bool, n: int) -> to
 @torch.library.custom_op("zipvl::token_scores", mutates_args=())
 def _token_scores(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent: int, random: int, seed: int, groups: int, kernel: str = "auto",
+    softcap: float | None, recent: int, random: int, seed: int, groups: int, use: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     check_attention_inputs("token_scores", q, k, None)
     batch, _, given, _ = q.shape
@@ -250,12 +250,12 @@ def _token_scores(
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_zeros(batch, groups, n, dtype=dtype), q.new_zeros(batch, n, dtype=dtype)
     rows = rows.to(q.device)
-    run = _scores_triton if use_triton("token_scores", kernel, q, k) else _scores_torch
+    run = _scores_triton if use_triton("token_scores", use, q, k) else _scores_torch
     return run(q, k, mask, is_causal, scale, softcap, rows, groups)
 
 
 @_token_scores.register_fake
-def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, kernel="auto"):
+def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, use="auto"):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, n = q.shape[0], k.shape[2]
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
@@ -273,7 +273,7 @@ def token_scores(
     random: int = 64,
     seed: int = 0,
     groups: int = 1,
-    kernel: str = "auto",
+    use: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure every token's accumulated attention score on the probe rows.
 
@@ -286,7 +286,7 @@ def token_scores(
         softcap: of the scaled scores; None is none.
         recent, random, seed: the probe rows, see `probe_rows`.
         groups: 1 averages all heads, `Hkv` keeps a score per KV head.
-        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         accumulated `[B, groups, n]` and visible `[B, n]` (probe rows that may see the token), fp32 (fp64 for fp64).
@@ -296,4 +296,4 @@ def token_scores(
 
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
-    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, kernel)
+    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, use)

@@ -1,6 +1,6 @@
 """Write the user's choice of kernels into every operator of this package that has one.
 
-    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., kernel="torch")
+    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., use="torch")
 
 The choice is part of the graph, so that compiled graphs that are cached on disk cannot be mixed up.
 """
@@ -11,17 +11,17 @@ import torch
 from torch.fx import Graph, Node
 
 
-def takes_kernel(node: Node) -> bool:
+def has_choice(node: Node) -> bool:
     """Return whether the node calls an operator of this package that has several implementations."""
     target = node.target  # Dynamo records the packet of overloads, the passes insert the overload
     overload = target.default if node.op == "call_function" and hasattr(target, "default") else target
     if not isinstance(overload, torch._ops.OpOverload) or overload.namespace != "zipvl":
         return False
-    return any(argument.name == "kernel" for argument in overload._schema.arguments)
+    return any(argument.name == "use" for argument in overload._schema.arguments)
 
 
-def apply(graph: Graph, kernel: str) -> None:
-    """Set `kernel`, "auto", "triton" or "torch", on every operator of `graph` that has it."""
+def apply(graph: Graph, use: str) -> None:
+    """Set `use`, "auto", "triton" or "torch", on every operator of `graph` that has it."""
     for node in graph.nodes:
-        if takes_kernel(node):
-            node.update_kwarg("kernel", kernel)
+        if has_choice(node):
+            node.update_kwarg("use", use)

@@ -59,7 +59,7 @@ def test_padding_row_beside_the_causal_flag(all_queries):
     got = check_attention(q, k, v, positions, padding_row("n500"), True, all_queries)
     whole = sparse_attention(
         q, spared(k, positions), spared(v, positions), positions, mask,
-        is_causal=False, all_queries=all_queries, kernel="triton",
+        is_causal=False, all_queries=all_queries, use="triton",
     )  # fmt: skip
     torch.testing.assert_close(got, whole)
 
@@ -74,7 +74,7 @@ def test_queries_of_the_kept_tokens_only():
     q, k, v, mask, is_causal, p = inputs("n500", torch.float32)
     positions = choose(3, 1, 500, p)
     keys, values = spared(k, positions), spared(v, positions)
-    options = {"is_causal": is_causal, "kernel": "triton"}
+    options = {"is_causal": is_causal, "use": "triton"}
     rows = positions.unsqueeze(3).expand(-1, q.shape[1], -1, q.shape[3])
     whole = sparse_attention(q, keys, values, positions, mask, **options)
     few = sparse_attention(q.gather(2, rows), keys, values, positions, mask, **options)

@@ -16,9 +16,9 @@ def accumulated(*tensors, **options):
 
 def check_scores(q, k, mask, **options):
     """Compare scores with PyTorch, and visible rows exactly; return the scores."""
-    plain = token_scores(*map(exactly, (q, k, mask)), kernel="torch", **options)
+    plain = token_scores(*map(exactly, (q, k, mask)), use="torch", **options)
     got = check(accumulated, q, k, mask, unit=float(plain[0].max()), **options)
-    seen = token_scores(q, k, mask, kernel="triton", **options)[1]
+    seen = token_scores(q, k, mask, use="triton", **options)[1]
     assert seen.dtype == torch.float32 and torch.equal(seen.double(), plain[1])
     return got
 
@@ -34,7 +34,7 @@ def test_every_shape(shape, dtype):
 def test_padding_row_beside_the_causal_flag(shape):
     q, k, _, mask, _, _ = inputs(shape, torch.float32)
     got = check_scores(q, k, padding_row(shape), is_causal=True, recent=64, random=64)
-    whole = token_scores(q, k, mask, is_causal=False, recent=64, random=64, kernel="triton")[0]
+    whole = token_scores(q, k, mask, is_causal=False, recent=64, random=64, use="triton")[0]
     torch.testing.assert_close(got, whole)
 
 
@@ -46,7 +46,7 @@ def test_softcap_scale_and_groups():
 
 def test_queries_of_the_probe_rows_only():
     q, k, _, mask, is_causal, _ = inputs("n500", torch.float32)
-    options = {"is_causal": is_causal, "recent": 12, "random": 8, "kernel": "triton"}
+    options = {"is_causal": is_causal, "recent": 12, "random": 8, "use": "triton"}
     probes = q[:, :, probe_rows(500, 12, 8, 0)]
     assert torch.equal(token_scores(probes, k, mask, **options)[0], token_scores(q, k, mask, **options)[0])
 
@@ -55,9 +55,9 @@ def test_strides_of_a_transposed_layout():
     q, k, _, mask, is_causal, _ = inputs("all-kept", torch.float32)
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     head_last = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k)]  # elements of a head apart
-    expected = token_scores(q, k, mask, is_causal=is_causal, kernel="triton")[0]
+    expected = token_scores(q, k, mask, is_causal=is_causal, use="triton")[0]
     for other in (token_major, head_last):
-        assert torch.equal(token_scores(*other, mask, is_causal=is_causal, kernel="triton")[0], expected)
+        assert torch.equal(token_scores(*other, mask, is_causal=is_causal, use="triton")[0], expected)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
