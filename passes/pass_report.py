@@ -31,9 +31,31 @@ class SiteOutcome:
         return not self.reason
 
 
+PARTS = ("q", "v", "output")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The projections around one rewritten prefill attention.
+
+    Attributes:
+        layer: path of the module that holds the attention.
+        reasons: why a projection is computed for every token, by its name in `PARTS`; the others are pruned.
+    """
+
+    layer: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the projections that are computed only for the tokens that need them."""
+        return tuple(part for part in PARTS if part not in self.reasons)
+
+
 @dataclass
 class PassReport:
-    """The outcomes of one pass over one graph, in execution order."""
+    """The outcomes of one pass over one graph, in execution order; `pruned` are the projections beside them."""
 
     name: str
     sites: list[SiteOutcome] = field(default_factory=list)
+    pruned: list[Pruning] = field(default_factory=list)

@@ -85,7 +85,8 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
     once more for every layer that happened to keep equally many tokens twice.
     """
-    kinds = (torch.ops.zipvl.gather_tokens, torch.ops.zipvl.select_tokens, torch.ops.zipvl.token_positions)
+    names = ("gather_tokens", "with_room", "select_tokens", "token_positions")
+    kinds = [getattr(torch.ops.zipvl, name) for name in names]
     outputs = gm.graph.output_node().args[0]
     return [i for i, node in enumerate(outputs) if any(is_call(node, kind) for kind in kinds)]  # type: ignore
 
