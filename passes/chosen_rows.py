@@ -1,8 +1,8 @@
 """Some tokens of a tensor: taken from it, and put back.
 
-    index_select(x, axis, rows)                    the same rows for every sample: probe rows, or a batch of one
-    take_along_dim(x, positions, axis)             the kept tokens of each sample
-    x[:, -1:]                                      a slice, or an index that is a tensor
+index_select(x, axis, rows)                    the same rows for every sample: probe rows, or a batch of one
+take_along_dim(x, positions, axis)             the kept tokens of each sample
+x[:, -1:]                                      a slice, or an index that is a tensor
 """
 
 from __future__ import annotations

@@ -51,11 +51,31 @@ class Pruning:
         """Return the projections that are computed only for the tokens that need them."""
         return tuple(part for part in PARTS if part not in self.reasons)
 
+    def __str__(self) -> str:
+        dense = "".join(f"; {part} for every token: {reason}" for part, reason in self.reasons.items())
+        return f"{self.layer} pruned: {', '.join(self.parts) or 'nothing'}{dense}"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Rows of the last hidden state that are used, such as `slice(-1, None, None)`.
+
+    Attributes:
+        reason: why the others are computed all the same; empty where they are not.
+    """
+
+    rows: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"last hidden state, rows {self.rows}: {self.reason or 'only those are computed'}"
+
 
 @dataclass
 class PassReport:
-    """The outcomes of one pass over one graph, in execution order; `pruned` are the projections beside them."""
+    """The outcomes of one pass over one graph, in execution order: its sites, and what is computed around them."""
 
     name: str
     sites: list[SiteOutcome] = field(default_factory=list)
     pruned: list[Pruning] = field(default_factory=list)
+    demands: list[Demand] = field(default_factory=list)

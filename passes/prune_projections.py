@@ -26,31 +26,31 @@ Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes import rows_below, token_rows
-from zipvl_compile.passes.attention_site import changed_in_place, module_path
-from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, kept_rows, one_sample, size
-from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call, op_name
+from zipvl_compile.passes import rows_below
+from zipvl_compile.passes.attention_site import module_path
+from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, Slice, kept_rows, one_sample, size
+from zipvl_compile.passes.exclusive_rows import computed_only_for
+from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
 from zipvl_compile.passes.pass_report import PARTS, PassReport, Pruning
-from zipvl_compile.passes.split_projections import split_above
-from zipvl_compile.passes.token_axis import RESHAPES, Mixes
-from zipvl_compile.passes.token_rows import Axes, Cone, multiplies, reads_size
+from zipvl_compile.passes.token_axis import Mixes
+from zipvl_compile.passes.token_rows import Axes, Cone
 
 ops = torch.ops.zipvl
 Rows = Shared | OfEachSample
 _ALL_QUERIES = 8  # which argument of sparse_attention
 _PROBES = slice(4, 7)  # which arguments of token_scores, after q and k
-_AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A sparse attention among the kept tokens at `positions`, and the scores that chose them."""
+    """An attention among the kept tokens at `positions`, and the scores that chose them."""
 
     attention: Node
     positions: Node
@@ -71,9 +71,9 @@ class Site:
 
 
 def find(graph: Graph) -> list[Site]:
-    """Return the sparse attentions that read a selection, in execution order."""
+    """Return the attentions that read a selection, in execution order."""
     found = []
-    for attention in calls(graph, ops.sparse_attention):
+    for attention in sorted([*calls(graph, ops.sparse_attention), *calls(graph, ops.decode_attention)]):
         positions = args_of(attention)[3]
         if is_call(positions, ops.select_tokens):
             found.append(Site(attention, positions, args_of(args_of(positions)[0])[0]))
@@ -84,58 +84,6 @@ def is_legal(site: Site) -> str:
     """Return why nothing around the attention can be pruned, or an empty string."""
     n, kept = example(args_of(site.scores)[1]).shape[2], example(site.positions).shape[2]
     return "every token is kept" if statically_known_true(kept == n) else ""
-
-
-def cone_above(x: Node, axes: Axes, readers: set[Node]) -> Cone:
-    """Return what computes `x` token by token and is read by nothing but `readers` in the end.
-
-    Raises:
-        Mixes: there is no projection among it; the message says why.
-    """
-    others = [user for user in x.users if user not in readers and not reads_size(user)]
-    if others:
-        raise Mixes(f"read by {op_name(others[0])!r} as well")
-    graph, autocast = x.graph, _under_autocast(x.graph)
-
-    def shared(node: Node, cone: Cone) -> bool:
-        users = [user for user in node.users if user not in cone.nodes and not reads_size(user)]
-        return node in autocast or (node is not x and bool(users))
-
-    cone = token_rows.find(graph, {x: axes}, shared)
-    if not any(map(multiplies, cone.nodes)) and split_above(cone):
-        cone = token_rows.find(graph, {x: axes}, shared)
-    if not any(map(multiplies, cone.nodes)):
-        stops = [cone.stops[node] for node in sorted(cone.stops, reverse=True)]
-        raise Mixes(stops[0] if stops else "its projection gives other tensors, too")
-    for source in cone.sources:
-        if _written(source):
-            raise Mixes(f"the result of {op_name(source)!r} is changed in place")
-    return cone
-
-
-def _under_autocast(graph: Graph) -> set[Node]:
-    """Return the nodes inside `with torch.autocast(...)`: moved out of it they would compute in another dtype."""
-    inside, depth = set(), 0
-    for node in graph.nodes:
-        depth += (op_name(node) == _AUTOCAST[0]) - (op_name(node) == _AUTOCAST[1])
-        if depth:
-            inside.add(node)
-    return inside
-
-
-_MAY_BE_VIEWS = (
-    *RESHAPES, "getitem", "expand", "transpose", "swapaxes", "permute", "split", "chunk", "unbind", "narrow", "detach",
-    "to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "dropout",
-)  # fmt: skip
-
-
-def _written(node: Node) -> bool:
-    """Return whether the graph writes into a tensor, or into one that it may be a view of."""
-    while not changed_in_place(node):
-        if node.op == "placeholder" or op_name(node) not in _MAY_BE_VIEWS:
-            return False
-        node = args_of(node)[0]
-    return True
 
 
 def prune_values(site: Site, kept: Rows) -> None:
@@ -150,7 +98,7 @@ def prune_values(site: Site, kept: Rows) -> None:
     if not is_call(gather, ops.gather_tokens) or args_of(gather)[1] is not site.positions:
         raise Mixes("the values are not gathered at the kept tokens")
     values, _, spare = args_of(gather)
-    cone = cone_above(values, site.axes, {gather})
+    cone = computed_only_for(values, site.axes, {gather})
     new = _compute(cone, kept, gather)[values]
     gather.replace_all_uses_with(insert_call(gather, ops.with_room.default, (new, spare)))
     erase_unread([gather])
@@ -162,19 +110,47 @@ def _compute(cone: Cone, rows: Rows, before: Node) -> dict[Node, Node]:
     return cone.again(taken, rows.count, before)
 
 
-def prune_queries(site: Site, kept: Rows) -> Node:
-    """Compute Q for the probe rows and the kept tokens only; return that of the kept tokens, for the attention.
+def prune_queries(site: Site, kept: Rows) -> tuple[Node, Cone]:
+    """Compute Q for the probe rows and the kept tokens only.
+
+    Returns:
+        Q of the kept tokens, for the attention, and what computes the full one, which only the attention still reads.
 
     Raises:
         Mixes: Q is needed in full, or not known to be computed token by token.
     """
-    if args_of(site.attention)[_ALL_QUERIES]:
+    if _all_attend(site.attention):
         raise Mixes("every query attends")
-    cone = cone_above(site.query, site.axes, {site.attention, site.scores})
+    cone = computed_only_for(site.query, site.axes, {site.attention, site.scores})
     query = _compute(cone, kept, site.attention)[site.query]
     if args_of(site.scores)[0] is site.query:
         _score_probe_rows(site.scores, cone)
-    return query
+    return query, cone
+
+
+def _all_attend(attention: Node) -> bool:
+    return bool(args_of(attention)[_ALL_QUERIES])
+
+
+def prune_demanded_queries(site: Site) -> None:
+    """Compute Q for the probe rows and the rows that `demand_rows` left to the attention.
+
+    Raises:
+        Mixes: the attention has few queries of its own, or Q is not known to be computed token by token.
+    """
+    part = site.query
+    if not is_call(part, operator.getitem):
+        raise Mixes("the attention has the newest queries only")
+    query, index = args_of(part)
+    if args_of(site.scores)[0] is not query:
+        raise Mixes("the attention has the newest queries only")
+    cone = computed_only_for(query, site.axes, {part, site.scores})
+    rows = Slice(index[-1])
+    taken = {source: rows.take(source, axes, part) for source, axes in cone.sources.items()}
+    part.replace_all_uses_with(cone.again(taken, size(part, 2, part), part)[query])
+    erase_unread([part])
+    _score_probe_rows(site.scores, cone)
+    cone.erase()
 
 
 def _score_probe_rows(scores: Node, cone: Cone) -> None:
@@ -194,7 +170,7 @@ def prune_output(site: Site, kept: Rows, query: Node | None) -> str:
         why the output projection is not among it, or an empty string.
     """
     attention = site.attention
-    if args_of(attention)[_ALL_QUERIES]:
+    if _all_attend(attention):
         return "every query attends"
     below = rows_below.find(attention, site.axes)
     reason = "" if below.projects else next((below.stops[n] for n in sorted(below.stops)), "there is none")
@@ -211,17 +187,23 @@ def prune_output(site: Site, kept: Rows, query: Node | None) -> str:
 
 def prune(site: Site, kept: Rows) -> Pruning:
     """Prune the projections around one attention, as far as each is proven."""
-    query, reasons = None, {}
+    query, cone, reasons = None, None, {}
     try:
         prune_values(site, kept)
     except Mixes as why:
         reasons["v"] = str(why)
+    demanded = is_call(site.attention, ops.decode_attention)  # its output has the demanded rows only
     try:
-        query = prune_queries(site, kept)
+        if demanded:
+            prune_demanded_queries(site)
+        else:
+            query, cone = prune_queries(site, kept)
     except Mixes as why:
         reasons["q"] = str(why)
-    if reason := prune_output(site, kept, query):
+    if not demanded and (reason := prune_output(site, kept, query)):
         reasons["output"] = reason
+    if cone is not None:
+        cone.erase()
     return Pruning(site.name, reasons)
 
 

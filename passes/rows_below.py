@@ -109,7 +109,17 @@ def find(start: Node, axes: Axes) -> Below:
             except Mixes as reason:
                 below.stops[node] = str(reason)
         node = node.next
+    while cut := [node for node in below.results if not isinstance(example(node), torch.Tensor)]:
+        _remove(below, cut[0])  # the tensors of a split cannot be put back all at once
     return below
+
+
+def _remove(below: Below, node: Node) -> None:
+    del below.nodes[node]
+    below.zero.discard(node)
+    below.others.pop(node, None)
+    for user in [user for user in node.users if user in below.nodes]:
+        _remove(below, user)
 
 
 def _add(below: Below, node: Node) -> None:

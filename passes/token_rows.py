@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from zipvl_compile.passes.attention_site import AttentionSite, changed_in_place, writes
@@ -76,6 +77,10 @@ def find(graph: Graph, targets: dict[Node, Axes], is_source: Callable[[Node, Con
         for x, own in inputs.items():
             if wanted.setdefault(x, own) != own:
                 raise Mixes(f"{op_name(x)!r} is read with tokens on different axes")
+    for node in [node for node in cone.sources if not isinstance(example(node), torch.Tensor)]:
+        del cone.sources[node]  # of the tensors of a split, rows are taken one by one
+        for piece in [user for user in node.users if user in cone.nodes]:
+            cone.sources[piece] = cone.nodes.pop(piece)
     return cone
 
 
@@ -101,7 +106,7 @@ def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
     if axes.batch < 0 or example_size(node, axes.batch) == 1:
         raise Mixes(f"{op_name(node)!r} is the same for every sample")
     samples = carried(node, axes.batch)
-    return {x: Axes(token, samples.get(x, aligned(x, node, axes.batch))) for x, token in tokens.items()}
+    return {x: Axes(a, samples[x] if x in samples else aligned(x, node, axes.batch)) for x, a in tokens.items()}
 
 
 def reads_size(user: Node) -> bool:
