@@ -274,7 +274,7 @@ RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 _RULES: dict[str, Callable[[Node, int], Carried]] = {
     **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous"), _like_first),
     **dict.fromkeys(("clone", "detach", "neg", "pow", "rsqrt", "sqrt", "square", "exp", "abs", "erf"), _pointwise),
-    **dict.fromkeys(("cos", "sin", "reciprocal", "clamp", "log1p"), _pointwise),
+    **dict.fromkeys(("cos", "sin", "reciprocal", "clamp", "lt", "le", "gt", "ge", "eq", "ne"), _pointwise),
     **dict.fromkeys(("add", "sub", "mul", "truediv", "div", "where", "masked_fill"), _pointwise),
     **dict.fromkeys(("silu", "relu", "sigmoid", "tanh", "gelu", "softplus"), _activation),
     **dict.fromkeys(("mean", "sum", "var"), _reduce), **dict.fromkeys(RESHAPES, _reshape),
