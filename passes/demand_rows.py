@@ -118,9 +118,9 @@ def attend_last(attention: Node, before: Node) -> Node:
     out.meta["layer"] = attention.meta.get("layer")
     if all_queries:
         return out
-    newest = insert_call(before, operator.getitem, (positions, (slice(None), slice(None), _LAST, None)))  # [B, 1, 1, 1]
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
-    kept = insert_call(before, operator.eq, (newest, at))
+    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
+    kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
     return insert_call(before, torch.where, (kept, out, 0.0))
 
 
