@@ -33,13 +33,14 @@ class Shared:
 
     index: Node
     count: Any
-    taken: dict[Node, Node] = field(default_factory=dict)
+    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
 
     def take(self, x: Node, axes: Axes, before: Node) -> Node:
         """Return the rows of `x`, inserted before a node; what was taken further up is not taken again."""
-        if x not in self.taken or before < self.taken[x]:
-            self.taken[x] = insert_call(before, torch.index_select, (x, axes.token, self.index))
-        return self.taken[x]
+        key = x, axes
+        if key not in self.taken or before < self.taken[key]:
+            self.taken[key] = insert_call(before, torch.index_select, (x, axes.token, self.index))
+        return self.taken[key]
 
     def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         """Return `base` with `rows` in their places."""
@@ -52,13 +53,14 @@ class OfEachSample:
 
     index: Node
     count: Any
-    taken: dict[Node, Node] = field(default_factory=dict)
+    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
 
     def take(self, x: Node, axes: Axes, before: Node) -> Node:
         """Return the rows of `x`, inserted before a node; a tensor that all samples share gets an axis of samples."""
-        if x not in self.taken or before < self.taken[x]:
-            self.taken[x] = self._take(x, axes, before)
-        return self.taken[x]
+        key = x, axes
+        if key not in self.taken or before < self.taken[key]:
+            self.taken[key] = self._take(x, axes, before)
+        return self.taken[key]
 
     def _take(self, x: Node, axes: Axes, before: Node) -> Node:
         assert axes.batch is not None

@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.attention_site import AttentionSite, changed_in_place, writes
 from zipvl_compile.passes.graph_edit import args_of, erase_unread, example, op_name, propagate
 from zipvl_compile.passes.token_axis import FRESH, SIZED, Mixes, aligned, axis_below, carried, holds_tensors
+
+_SIZE_OF = ("size", "dim", "numel", "stride", "sym_size", "sym_numel", "getattr")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
     tokens = carried(node, axes.token)
     if axes.batch is None:
         return {x: Axes(token) for x, token in tokens.items()}
-    if axes.batch < 0 or example_size(node, axes.batch) == 1:
+    if axes.batch < 0 or statically_known_true(example_size(node, axes.batch) == 1):
         raise Mixes(f"{op_name(node)!r} is the same for every sample")
     samples = carried(node, axes.batch)
     return {x: Axes(a, samples[x] if x in samples else aligned(x, node, axes.batch)) for x, a in tokens.items()}
@@ -111,7 +114,7 @@ def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
 
 def reads_size(user: Node) -> bool:
     """Return whether a reader of a tensor wants its size only."""
-    return user.op in ("call_function", "call_method") and example(user) is not None and not holds_tensors(user)
+    return op_name(user) in _SIZE_OF and example(user) is not None and not holds_tensors(user)
 
 
 def multiplies(node: Node) -> bool:
