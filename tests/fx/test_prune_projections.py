@@ -135,20 +135,29 @@ def test_values_that_something_else_reads(record):
     assert set(reasons(recorder)) == {"v"} and widths(graph)["v"] == [N]
 
 
-def test_hidden_states_that_are_written_to_later(record):
+class Writes(Layer):
+    """Writes to what its projections read, after the attention; `shared` is a view that all of them read."""
+
+    shared = False
+
+    def project(self, h):
+        self.written = h * 1.0
+        h = self.written.view(h.shape) if self.shared else h
+        return self.q(h), self.k(h), self.v(h if self.shared else self.written)
+
+    def forward(self, x):
+        out, stored = super().forward(x)
+        return out + self.written.mul_(3), stored
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["itself", "through a view"])
+def test_hidden_states_that_are_written_to_later(record, shared):
     """Rows taken after the write would be other rows."""
-
-    class Writes(Layer):
-        def project(self, h):
-            self.written = h * 1.0
-            return self.q(h), self.k(h), self.v(self.written)
-
-        def forward(self, x):
-            out, stored = super().forward(x)
-            return out + self.written.mul_(3), stored
-
-    _, recorder = both(record, Writes().double(), hidden_states(), **RATIO)
-    assert "changed in place" in reasons(recorder)["v"]
+    module = Writes().double()
+    module.shared = shared
+    _, recorder = both(record, module, hidden_states(), **RATIO)
+    assert set(reasons(recorder)) == ({"q", "v"} if shared else {"v"})
+    assert all("changed in place" in reason for reason in reasons(recorder).values())
 
 
 def test_every_query_attends(record):
