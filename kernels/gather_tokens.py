@@ -3,6 +3,7 @@
     out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  the `spare` rows after that are unwritten
 
 The copy is what frees memory: nothing of the full-length tensor stays alive.
+`with_room` copies values that were computed for the kept tokens only.
 `token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place.
 
 Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
@@ -160,3 +161,35 @@ def gather_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do `gather_tokens` for keys `[B, H, n, D]` and values `[B, H, n, Dv]` at once, in one launch."""
     return torch.ops.zipvl.gather_kv(k, v, positions, spare, use)
+
+
+@torch.library.custom_op("zipvl::with_room", mutates_args=())
+def _with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
+    if x.dim() != 4:
+        fail("with_room", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
+    batch, heads, p, width = x.shape
+    out = x.new_empty(batch, heads, p + spare, width)
+    out[:, :, :p] = x
+    return out
+
+
+@_with_room.register_fake
+def _(x, spare):
+    batch, heads, p, width = x.shape
+    return x.new_empty(batch, heads, p + spare, width)
+
+
+def with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
+    """Copy keys or values of the kept tokens into a buffer with spare room.
+
+    Args:
+        x: `[B, H, P, D]`.
+        spare: unwritten rows after the kept ones, in tokens.
+
+    Returns:
+        `[B, H, P + spare, D]`, same dtype; rows from `P` on hold undefined values.
+
+    Raises:
+        ValueError: x of another rank.
+    """
+    return torch.ops.zipvl.with_room(x, spare)

@@ -31,9 +31,51 @@ class SiteOutcome:
         return not self.reason
 
 
+PARTS = ("q", "v", "output")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The projections around one rewritten prefill attention.
+
+    Attributes:
+        layer: path of the module that holds the attention.
+        reasons: why a projection is computed for every token, by its name in `PARTS`; the others are pruned.
+    """
+
+    layer: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the projections that are computed only for the tokens that need them."""
+        return tuple(part for part in PARTS if part not in self.reasons)
+
+    def __str__(self) -> str:
+        dense = "".join(f"; {part} for every token: {reason}" for part, reason in self.reasons.items())
+        return f"{self.layer} pruned: {', '.join(self.parts) or 'nothing'}{dense}"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Rows of the last hidden state that are used, such as `slice(-1, None, None)`.
+
+    Attributes:
+        reason: why the others are computed all the same; empty where they are not.
+    """
+
+    rows: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"last hidden state, rows {self.rows}: {self.reason or 'only those are computed'}"
+
+
 @dataclass
 class PassReport:
-    """The outcomes of one pass over one graph, in execution order."""
+    """The outcomes of one pass over one graph, in execution order: its sites, and what is computed around them."""
 
     name: str
     sites: list[SiteOutcome] = field(default_factory=list)
+    pruned: list[Pruning] = field(default_factory=list)
+    demands: list[Demand] = field(default_factory=list)

@@ -33,7 +33,7 @@ from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call, op_name
 from zipvl_compile.passes.masks import four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
-from zipvl_compile.passes.token_rows import TokenRows, first_computed_from
+from zipvl_compile.passes.token_rows import Cone, TokenRows, first_computed_from
 
 ops = torch.ops.zipvl
 
@@ -87,7 +87,7 @@ def rewrite(site: AttentionSite) -> None:
     _, positions, prompt, n = site.key.args if is_call(site.key, ops.kv_view) else _views_above(site)[0].args
     mask = None if site.mask is None else four_axes(site.mask, site.node, site.mask_hides)
     views = _views_above(site)
-    latents = None if is_call(site.key, ops.kv_view) else TokenRows(views)
+    latents = None if is_call(site.key, ops.kv_view) else TokenRows(views).cone((site.key, site.value))
     if latents is None:
         keys, values = site.key.args[0], site.value.args[0]
     else:
@@ -99,18 +99,19 @@ def rewrite(site: AttentionSite) -> None:
     )
     site.replace_with(out)
     if latents is not None:
-        latents.erase((site.key, site.value))
+        latents.erase()
         erase_orphans(views)
 
 
-def _computed_again(latents: TokenRows, site: AttentionSite, positions: Any, prompt: Any, n: Any) -> list[Node]:
+def _computed_again(latents: Cone, site: AttentionSite, positions: Any, prompt: Any, n: Any) -> list[Node]:
     """Compute keys and values from the latents in memory instead of those of every logical token."""
     kept = insert_call(site.node, torch.ops.aten.sym_size.int, (positions, 2))
     later = insert_call(site.node, operator.sub, (n, prompt))
     count = insert_call(site.node, operator.add, (kept, later))
     everything = (slice(None), slice(None), slice(None, count))
     rows = {view: insert_call(site.node, operator.getitem, (view.args[0], everything)) for view in latents.sources}
-    return latents.again((site.key, site.value), rows, count, site.node)
+    new = latents.again(rows, count, site.node)
+    return [new[site.key], new[site.value]]
 
 
 def apply(graph: Graph) -> PassReport:

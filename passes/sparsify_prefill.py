@@ -203,7 +203,9 @@ def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: 
         mask = None if site.mask is None else four_axes(site.mask, site.node, site.mask_hides)
         target = ops.decode_attention.default
         where = (kept.positions, n, n, mask, site.scale, site.softcap)
-    site.replace_with(insert_call(site.node, target, (site.query, kept.keys, kept.values, *where)))
+    out = insert_call(site.node, target, (site.query, kept.keys, kept.values, *where))
+    out.meta["layer"] = site.name  # for reports: where Dynamo lost the module, the name is that of the first node
+    site.replace_with(out)
 
 
 def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:

@@ -1,118 +1,220 @@
-"""Tensors that are computed token by token from a cached one, and the same for other tokens.
+"""Compute tensors again for some of their tokens only.
 
-Latent attention (MLA) caches a small latent of each token and expands it to keys and values in every step:
+A tensor that is computed token by token has any of its rows for the price of those rows:
 
-    latent = kv_view(buffer, positions, prompt, n)          [B, 1, n, R]
-    k, v   = split(linear(latent).view(B, n, H, D).transpose(1, 2))
+    v = linear(norm(h), w).view(B, n, H, D).transpose(1, 2)                     every token
+    v[:, :, rows] = linear(norm(h)[:, rows], w).view(B, m, H, D).transpose(1, 2)
 
-Every row of k and v depends on the same row of the latent alone, so that the kept rows of k and v are those of the kept
-latents. `TokenRows` proves it, operation by operation, by following the token axis, and `again` computes k and v for
-rows of another number. An operation that it does not know might mix tokens: `Mixes`.
+`find` follows the token axis from the wanted tensors upwards, operation by operation (`token_axis.py`), to the tensors
+whose rows have to be taken: those that mix tokens, and those that are there anyway since others read them. `again`
+inserts the computation for other rows.
+
+Latent attention (MLA) is the case where the sources are given: the cache keeps a small latent of each token, and keys
+and values of the kept tokens are computed from it (`TokenRows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
 from zipvl_compile.passes.attention_site import AttentionSite, changed_in_place, writes
-from zipvl_compile.passes.graph_edit import args_of, arguments, example, op_name, propagate
+from zipvl_compile.passes.graph_edit import args_of, erase_unread, example, op_name, propagate
+from zipvl_compile.passes.token_axis import FRESH, SIZED, Mixes, aligned, axis_below, carried, holds_tensors
 
-_FRESH = ("new_empty", "new_zeros", "new_ones")
-_SIZED = ("view", "reshape", "expand", *_FRESH)
+_SIZE_OF = ("size", "dim", "numel", "stride", "sym_size", "sym_numel", "getattr")
 
 
-class Mixes(Exception):
-    """Rows of the tensor are not known to depend on one token each; the message names the operation."""
+@dataclass(frozen=True)
+class Axes:
+    """Where a tensor has its tokens and, if samples take different rows, its samples; below 0: it has no such axis."""
+
+    token: int
+    batch: int | None = None
+
+
+@dataclass
+class Cone:
+    """Operations that compute `targets` token by token from `sources`; `stops` says why it goes no higher."""
+
+    targets: dict[Node, Axes]
+    nodes: dict[Node, Axes] = field(default_factory=dict)
+    sources: dict[Node, Axes] = field(default_factory=dict)
+    stops: dict[Node, str] = field(default_factory=dict)
+
+    def again(self, rows: dict[Node, Node], count: Any, before: Node) -> dict[Node, Node]:
+        """Compute the targets again, before a node, from `rows` of the sources, `count` tokens each."""
+        return copy_for_rows(self.nodes, rows, count, before)
+
+    def erase(self) -> None:
+        """Erase what nobody reads any more."""
+        erase_unread(sorted([*self.nodes, *sizes_of(self.nodes, self.sources)], reverse=True))
+
+
+def find(graph: Graph, targets: dict[Node, Axes], is_source: Callable[[Node, Cone], bool]) -> Cone:
+    """Return the largest cone above `targets` that ends at nodes where `is_source` holds or operations that mix tokens.
+
+    Raises:
+        Mixes: a tensor is read with tokens on different axes.
+    """
+    cone, wanted = Cone(targets), dict(targets)
+    for node in sorted(_above(graph, targets), reverse=True):
+        if op_name(node) == "copy_" and (base := _filled(node)) in wanted:
+            wanted[node] = wanted[_base_view(node)] = _through_view(_base_view(node), base, wanted[base])  # type: ignore
+        if node not in wanted:
+            continue
+        axes = wanted[node]
+        try:
+            inputs = None if is_source(node, cone) else _inputs(node, axes)
+        except Mixes as reason:
+            inputs, cone.stops[node] = None, str(reason)
+        if inputs is None:
+            cone.sources[node] = axes
+            continue
+        cone.nodes[node] = axes
+        for x, own in inputs.items():
+            if wanted.setdefault(x, own) != own:
+                raise Mixes(f"{op_name(x)!r} is read with tokens on different axes")
+    for node in [node for node in cone.sources if not isinstance(example(node), torch.Tensor)]:
+        del cone.sources[node]  # of the tensors of a split, rows are taken one by one
+        for piece in [user for user in node.users if user in cone.nodes]:
+            cone.sources[piece] = cone.nodes.pop(piece)
+    return cone
+
+
+def _above(graph: Graph, targets: Iterable[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    todo = list(targets)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+            if op_name(node) in FRESH:
+                todo += [write for view in node.users for write in _writes_to(view)]
+    return seen
+
+
+def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
+    """Return the inputs that have tokens, each with its axes; one without samples of its own ends the cone."""
+    _check_writes(node)
+    tokens = carried(node, axes.token)
+    if axes.batch is None:
+        return {x: Axes(token) for x, token in tokens.items()}
+    if axes.batch < 0 or statically_known_true(example_size(node, axes.batch) == 1):
+        raise Mixes(f"{op_name(node)!r} is the same for every sample")
+    samples = carried(node, axes.batch)
+    return {x: Axes(a, samples[x] if x in samples else aligned(x, node, axes.batch)) for x, a in tokens.items()}
+
+
+def reads_size(user: Node) -> bool:
+    """Return whether a reader of a tensor wants its size only."""
+    return op_name(user) in _SIZE_OF and example(user) is not None and not holds_tensors(user)
+
+
+def multiplies(node: Node) -> bool:
+    """Return whether a node is a projection: a matrix product with a weight."""
+    return op_name(node) in ("linear", "matmul", "mm")
+
+
+def example_size(node: Node, axis: int) -> Any:
+    """Return the size of an axis of a tensor, or of the tensors of a tuple."""
+    value = example(node)
+    return (value[0] if isinstance(value, (tuple, list)) else value).shape[axis]
+
+
+def copy_for_rows(nodes: dict[Node, Axes], rows: dict[Node, Node], count: Any, before: Node) -> dict[Node, Node]:
+    """Copy `nodes` before another, reading `rows` for what they replace, with `count` tokens on their token axes."""
+    new, sizes = dict(rows), sizes_of(nodes, rows)
+    for node in sorted([*nodes, *sizes]):
+        # A size stands for the new one where it names a size; a number that is computed with stays what it was.
+        known = new if node in sizes or op_name(node) in SIZED else {x: y for x, y in new.items() if x not in sizes}
+        with before.graph.inserting_before(before):
+            new[node] = before.graph.node_copy(node, lambda x, known=known: known.get(x, x))  # type: ignore[misc]
+        if node in nodes:
+            _resize(node, new[node], nodes[node].token, count)
+        propagate(new[node])
+    return new
+
+
+def sizes_of(*tensors: Iterable[Node]) -> set[Node]:
+    """Return the sizes of the given tensors, and sizes computed from them, that calls among the first of them name."""
+    nodes, found = set(tensors[0]), set()
+    todo = [user for given in tensors for node in given for user in node.users]
+    while todo:
+        node = todo.pop()
+        if node not in found and node.op in ("call_function", "call_method") and not holds_tensors(node):
+            found.add(node)
+            todo += node.users
+    read: set[Node] = set()
+    for node in sorted({*nodes, *found}, reverse=True):
+        if node in read or (node in nodes and op_name(node) in SIZED):
+            read |= found.intersection(node.all_input_nodes)
+    return read
+
+
+def _resize(node: Node, copy: Node, axis: int, count: Any) -> None:
+    """Put `count` in the place of the number of tokens among the sizes that a call names."""
+    if op_name(node) not in SIZED:
+        return
+    first, *sizes = args_of(copy)
+    nested = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
+    sizes = list(sizes[0]) if nested else sizes
+    shape = example(node).shape
+    # A -1 would have to be derived from `count`, which nobody may know before the graph runs.
+    sizes = [shape[i] if size == -1 and isinstance(shape[i], int) else size for i, size in enumerate(sizes)]
+    sizes[axis] = count
+    copy.args = (first, tuple(sizes)) if nested else (first, *sizes)
 
 
 class TokenRows:
-    """The token axis of every node that is computed from `sources`, all `[B, H, n, D]`."""
+    """Tensors that are computed from `sources`, all `[B, H, n, D]`, and from nothing else that has tokens."""
 
     def __init__(self, sources: Iterable[Node]) -> None:
         self.sources = tuple(sources)
-        self._axis: dict[Node, int | None] = dict.fromkeys(self.sources, 2)
+        self.graph = self.sources[0].graph
         self.reached = set(self.sources)
-        for node in self.sources[0].graph.nodes:
+        for node in self.graph.nodes:
             if not self.reached.isdisjoint(node.all_input_nodes):
                 self.reached.add(node)
                 if op_name(node) == "copy_":
                     self.reached |= {args_of(node)[0], *args_of(node)[0].all_input_nodes}
 
-    def axis(self, node: Any) -> int | None:
-        """Return the token axis of `node`; None where it is not computed from the sources.
+    def cone(self, targets: Iterable[Node]) -> Cone:
+        """Return the computation of `targets [B, H, n, D]` from the sources.
 
         Raises:
-            Mixes: its rows may depend on several tokens.
+            Mixes: rows of the targets may not stand for rows of the sources.
         """
-        if not isinstance(node, Node) or node not in self.reached:
-            return None
-        if node not in self._axis and not _holds_tensors(node):
-            return None  # a size
-        if node not in self._axis:
-            rule = _RULES.get(op_name(node))
-            if rule is None or node.op == "placeholder":
-                raise Mixes(f"{op_name(node)!r} may mix tokens")
-            _check_writes(node)
-            self._axis[node] = rule(self, node)
-        return self._axis[node]
+        cone = find(self.graph, dict.fromkeys(targets, Axes(2)), self._ends)
+        for node, axes in cone.sources.items():
+            if node in self.sources and axes.token == 2:
+                continue
+            if node in self.sources:
+                raise Mixes("the tokens are not on the third axis")
+            if node in self.reached and node in cone.stops:
+                raise Mixes(cone.stops[node])
+            reader = next((op_name(user) for user in node.users if user in cone.nodes), "the attention")
+            raise Mixes(f"{reader!r} meets a tensor with tokens of its own")
+        if not cone.sources:
+            raise Mixes("the tokens are not on the third axis")
+        return cone
+
+    def _ends(self, node: Node, cone: Cone) -> bool:
+        return node in self.sources or node not in self.reached
 
     def differs(self, nodes: Iterable[Node]) -> str:
         """Return why rows of `nodes [B, H, n, D]` may not stand for rows of the sources, or an empty string."""
         try:
-            axes = {self.axis(node) for node in nodes}
+            self.cone(nodes)
         except Mixes as reason:
             return str(reason)
-        return "" if axes == {2} else "the tokens are not on the third axis"
-
-    def again(self, targets: Iterable[Node], rows: dict[Node, Node], count: Any, before: Node) -> list[Node]:
-        """Compute `targets` again, before a node, from `rows [B, H, count, D]` in the place of the sources."""
-        graph, new, targets = before.graph, dict(rows), list(targets)
-        needed = self._needed(targets)
-        for node in [node for node in graph.nodes if node in needed]:
-            with graph.inserting_before(before):
-                new[node] = graph.node_copy(node, lambda x: new.get(x, x))
-            self._resize(node, new[node], count)
-            propagate(new[node])
-        return [new[target] for target in targets]
-
-    def erase(self, targets: Iterable[Node]) -> None:
-        """Erase `targets` and what leads to them from the sources, if nothing else reads any of it."""
-        needed = self._needed(list(targets))
-        if all(user in needed for node in needed for user in node.users):
-            for node in [node for node in reversed(self.sources[0].graph.nodes) if node in needed]:
-                node.graph.erase_node(node)
-
-    def _needed(self, targets: list[Node]) -> set[Node]:
-        needed: set[Node] = set()
-        todo = list(targets)
-        while todo:
-            node = todo.pop()
-            if node in needed or node in self.sources or node not in self.reached:
-                continue
-            needed.add(node)  # the sizes of tensors, too: those of the new ones are other numbers
-            todo += node.all_input_nodes
-            if op_name(node) in _FRESH:
-                todo += [x for view in node.users for write in _writes_to(view) for x in (view, write)]
-        return needed
-
-    def _resize(self, node: Node, copy: Node, count: Any) -> None:
-        """Put `count` in the place of the number of tokens among the sizes that a call names."""
-        if op_name(node) not in _SIZED:
-            return
-        first, *sizes = args_of(copy)
-        nested = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
-        sizes = list(sizes[0]) if nested else sizes
-        axis = self.axis(node)
-        assert axis is not None
-        if sizes[axis] != -1:
-            sizes[axis] = count
-        copy.args = (first, tuple(sizes)) if nested else (first, *sizes)
+        return ""
 
 
 def first_computed_from(sources: list[Node], sites: list[AttentionSite]) -> AttentionSite | None:
@@ -124,140 +226,37 @@ def first_computed_from(sources: list[Node], sites: list[AttentionSite]) -> Atte
     return site
 
 
-def _holds_tensors(node: Node) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example(node)))
-
-
 def _check_writes(node: Node) -> None:
     """Refuse tensors that are written to, but for empty ones that are filled by copies into parts of them."""
     above = [x for x in args_of(node)[:1] if isinstance(x, Node)]
-    filled = [x for x in (node, *above) if op_name(x) in _FRESH]
+    filled = [x for x in (node, *above) if op_name(x) in FRESH]
     parts = [user for base in filled for user in base.users]
     others = [part for part in parts if changed_in_place(part) and not _writes_to(part)]
     direct = any(writes(user) for base in filled for user in base.users)
-    if others or direct or (not filled and op_name(node) != "copy_" and changed_in_place(node)):
-        raise Mixes(f"the result of {op_name(node)!r} is changed in place")
+    inputs = [x for x in node.all_input_nodes if holds_tensors(x) and op_name(x) not in FRESH]
+    if op_name(node) == "copy_":
+        inputs.remove(args_of(node)[0])
+    written = [x for x in (node, *inputs) if x not in filled and op_name(x) != "copy_" and changed_in_place(x)]
+    if others or direct or (written and not filled):
+        raise Mixes(f"the result of {op_name((written or [node])[0])!r} is changed in place")
 
 
 def _writes_to(view: Node) -> list[Node]:
     return [user for user in view.users if op_name(user) == "copy_" and args_of(user)[0] is view]
 
 
-def _pointwise(rows: TokenRows, node: Node) -> int:
-    """The token axis of all operands is the same, counted from the right, as broadcasting aligns them."""
-    tensors = [x for x in tree_leaves(node.args) if isinstance(example(x), torch.Tensor)]
-    axes = {example(x).dim() - a for x in tensors if (a := rows.axis(x)) is not None}
-    if len(axes) != 1:
-        raise Mixes(f"{op_name(node)!r} meets tokens on different axes")
-    (back,) = axes
-    for x in tensors:
-        value = example(x)
-        if rows.axis(x) is None and value.dim() >= back and not statically_known_true(value.shape[-back] == 1):
-            raise Mixes(f"{op_name(node)!r} meets a tensor with tokens of its own")
-    return example(node).dim() - back
+def _base_view(copy: Node) -> Node:
+    return args_of(copy)[0]
 
 
-def _by_features(rows: TokenRows, node: Node) -> int:
-    axis = _axis_of_input(rows, node)
-    if axis == example(args_of(node)[0]).dim() - 1:
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
-    return axis
+def _filled(copy: Node) -> Node | None:
+    """Return the empty tensor that a copy fills a part of."""
+    above = args_of(_base_view(copy))[:1]
+    return above[0] if above and isinstance(above[0], Node) and op_name(above[0]) in FRESH else None
 
 
-def _axis_of_input(rows: TokenRows, node: Node) -> int:
-    axis = rows.axis(args_of(node)[0])
-    if axis is None:
-        raise Mixes(f"{op_name(node)!r} reads the tokens in another argument than its first")
-    return axis
-
-
-def _transpose(rows: TokenRows, node: Node) -> int:
-    given, axis = arguments(node, "input", "dim0", "dim1"), _axis_of_input(rows, node)
-    rank = example(node).dim()
-    a, b = given["dim0"] % rank, given["dim1"] % rank
-    return {a: b, b: a}.get(axis, axis)
-
-
-def _reshape(rows: TokenRows, node: Node) -> int:
-    """The token axis stays whole, with equally many elements before it."""
-    axis = _axis_of_input(rows, node)
-    old, new = example(args_of(node)[0]).shape, example(node).shape
-    for place in range(len(new)):
-        same = statically_known_true(new[place] == old[axis])
-        if same and statically_known_true(_product(new[:place]) == _product(old[:axis])):
-            return place
-    raise Mixes(f"{op_name(node)!r} takes the token axis apart")
-
-
-def _product(sizes: Any) -> Any:
-    result: Any = 1
-    for size in sizes:
-        result = result * size
-    return result
-
-
-def _expand(rows: TokenRows, node: Node) -> int:
-    return _axis_of_input(rows, node) + example(node).dim() - example(args_of(node)[0]).dim()
-
-
-def _split(rows: TokenRows, node: Node) -> int:
-    axis, dim = _axis_of_input(rows, node), arguments(node, "input", "sizes", "dim").get("dim", 0)
-    if dim % example(args_of(node)[0]).dim() == axis:
-        raise Mixes(f"{op_name(node)!r} cuts the token axis")
-    return axis
-
-
-def _getitem(rows: TokenRows, node: Node) -> int:
-    source, index = args_of(node)
-    axis = _axis_of_input(rows, node)
-    if isinstance(index, int) and not isinstance(example(source), torch.Tensor):
-        return axis  # one of the tensors of a split
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
-        raise Mixes("an index that is a tensor may mix tokens")
-    used = sum(1 for i in index if i is not None and i is not Ellipsis)
-    rest = [slice(None)] * (example(source).dim() - used)
-    at = index.index(Ellipsis) if Ellipsis in index else len(index)
-    old, new = -1, -1
-    for item in (*index[:at], *rest, *index[at + 1 :]):
-        old += item is not None
-        new += item is None or isinstance(item, slice)
-        if old == axis and item is not None:
-            if item != slice(None):
-                raise Mixes("the token axis is indexed")
-            return new
-    raise Mixes("the token axis is lost")
-
-
-def _cat(rows: TokenRows, node: Node) -> int:
-    tensors = arguments(node, "tensors", "dim")["tensors"]
-    axes = {rows.axis(x) for x in tensors}
-    dim = arguments(node, "tensors", "dim").get("dim", 0) % example(node).dim()
-    axis = axes.pop()
-    if axes or axis is None or axis == dim:
-        raise Mixes("'cat' joins tokens with others")
-    return axis
-
-
-def _fresh(rows: TokenRows, node: Node) -> int:
-    """The token axis of an empty tensor is that of what is copied into it."""
-    axes = {rows.axis(args_of(write)[1]) for view in node.users for write in _writes_to(view)}
-    if len(axes) != 1 or (axis := axes.pop()) is None:
-        raise Mixes(f"{op_name(node)!r} is filled in an unknown way")
-    return axis
-
-
-def _copy(rows: TokenRows, node: Node) -> int:
-    axis = rows.axis(args_of(node)[0])
-    if axis is None or axis != rows.axis(args_of(node)[1]):
-        raise Mixes("'copy_' meets tokens on different axes")
-    return axis
-
-
-_RULES: dict[str, Callable[[TokenRows, Node], int]] = {
-    **dict.fromkeys(("to", "float", "type_as", "contiguous", "clone"), _pointwise),
-    **dict.fromkeys(("neg", "add", "sub", "mul", "truediv"), _pointwise),
-    "linear": _by_features, "transpose": _transpose, "view": _reshape, "reshape": _reshape, "expand": _expand,
-    "split": _split, "chunk": _split, "getitem": _getitem, "cat": _cat, "copy_": _copy,
-    **dict.fromkeys(_FRESH, _fresh),
-}  # fmt: skip
+def _through_view(view: Node, base: Node, axes: Axes) -> Axes:
+    batch = axes.batch
+    return Axes(
+        axis_below(view, {base: axes.token}), None if batch is None or batch < 0 else axis_below(view, {base: batch})
+    )

@@ -89,7 +89,18 @@ def test_text_shows_every_row(explanation):
     assert f"{2 * LAYERS} attention sites rewritten, {VISION_LAYERS} dense" in lines[0]
     for row, line in zip(explanation.rows, lines[2:], strict=True):
         assert line.split()[:3] == [row.layer, row.kind, row.outcome]
-        assert line.endswith(row.reason or ("15 of 57 (26.3%)" if row.kind == "prefill" else "rewritten"))
+        assert line.endswith(row.reason or (PREFILL if row.kind == "prefill" else "rewritten"))
+
+
+PREFILL = "15 of 57 (26.3%), pruned q, v, output"
+
+
+def test_projections_that_stay_dense_say_why(model, inputs):
+    options = {**EVERY_LENGTH, "keep_ratio": 0.25, "evict": "keep"}
+    shown = zipvl_compile.explain(model, options=options, **inputs)
+    assert {row.pruned for row in decoder("prefill", shown)} == {"q, output"}
+    assert {row.pruned for row in shown.rows if row.kind != "prefill"} == {""}
+    assert f"Computed for every token in {LAYERS} layers: v (read by 'gather_tokens' as well)." in shown.notes
 
 
 def test_table_shows_every_row_in_80_columns(explanation):

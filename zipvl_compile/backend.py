@@ -87,7 +87,7 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     once more for every layer that happened to keep equally many tokens twice.
     """
     ops = torch.ops.zipvl
-    kinds = (ops.gather_tokens, ops.gather_kv, ops.select_tokens, ops.token_positions)
+    kinds = (ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions)
     outputs = gm.graph.output_node().args[0]
     made_by = [node.args[0] if is_call(node, operator.getitem) else node for node in outputs]  # type: ignore
     return [i for i, node in enumerate(made_by) if any(is_call(node, kind) for kind in kinds)]

@@ -11,9 +11,10 @@ import inspect
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import Cache
@@ -22,7 +23,9 @@ from zipvl_compile import report
 from zipvl_compile.explanation import ExplainedSite, Explanation
 from zipvl_compile.kv_cache import CompactLayer
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.pass_report import SiteOutcome
+from zipvl_compile.passes.pass_report import Pruning, SiteOutcome
+
+Named = TypeVar("Named", SiteOutcome, Pruning)
 
 
 def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> Explanation:
@@ -58,7 +61,8 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         notes = _decode_one_token(compiled, outputs, cache, inputs)
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
     rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt)
-    return Explanation(rows, prompt, notes + _advice(rows))
+    pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
+    return Explanation(_with_pruned(rows, pruned), prompt, notes + _around_attention(pruned) + _advice(rows))
 
 
 class _OwnOptions(dict):
@@ -151,7 +155,7 @@ def _decode_one_token(compiled: Any, outputs: Any, cache: Cache, inputs: Mapping
     return []
 
 
-def _with_full_name(site: SiteOutcome, model: torch.nn.Module) -> SiteOutcome:
+def _with_full_name(site: Named, model: torch.nn.Module) -> Named:
     """Complete the path of a site: after a graph break Dynamo counts it from the submodule it resumed in."""
     matches = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{site.layer}")]
     return replace(site, layer=matches[0]) if len(matches) == 1 else site
@@ -194,6 +198,17 @@ def _with_kept_tokens(
         ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt, site.by_design)
         for i, site in enumerate(sites)
     ]
+
+
+def _with_pruned(rows: list[ExplainedSite], pruned: list[Pruning]) -> list[ExplainedSite]:
+    parts = {pruning.layer: ", ".join(pruning.parts) for pruning in pruned}
+    return [replace(row, pruned=parts.get(row.layer, "")) if row.kind == "prefill" else row for row in rows]
+
+
+def _around_attention(pruned: list[Pruning]) -> list[str]:
+    """Say which projections are computed for every token, and why."""
+    found = Counter((part, reason) for pruning in pruned for part, reason in pruning.reasons.items())
+    return [f"Computed for every token in {n} layers: {part} ({reason})." for (part, reason), n in found.items()]
 
 
 def _advice(rows: list[ExplainedSite]) -> list[str]:

@@ -20,6 +20,7 @@ class ExplainedSite:
         kept: prompt tokens that the KV cache of this layer keeps, where known (tokens).
         prompt: prompt length (tokens).
         by_design: staying dense is what should happen, as for a vision tower or a prompt below `min_tokens`.
+        pruned: projections that are computed only for the tokens that need them, such as "q, v, output".
     """
 
     layer: str
@@ -28,6 +29,7 @@ class ExplainedSite:
     kept: int | None = None
     prompt: int = 0
     by_design: bool = False
+    pruned: str = ""
 
     @property
     def outcome(self) -> str:
@@ -42,6 +44,11 @@ class ExplainedSite:
     @property
     def kept_text(self) -> str:
         return "" if self.kept is None else f"{self.kept} of {self.prompt} ({self.kept / self.prompt:.1%})"
+
+    @property
+    def detail(self) -> str:
+        """Return the kept tokens and the pruned projections, or why the attention stays dense."""
+        return self.reason or ", ".join(filter(None, [self.kept_text, self.pruned and f"pruned {self.pruned}"]))
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Explanation:
         return f"zipvl: {counts}; prompt of {self.prompt} tokens"
 
     def _cells(self) -> list[tuple[str, str, str, str]]:
-        return [(row.layer, row.kind, row.outcome, row.reason or row.kept_text) for row in self.rows]
+        return [(row.layer, row.kind, row.outcome, row.detail) for row in self.rows]
 
     def __str__(self) -> str:
         cells = [("layer", "graph", "attention", "kept tokens, or why dense"), *self._cells()]
@@ -94,7 +101,8 @@ class Explanation:
         for header in ("layer", "graph", "attention"):
             table.add_column(header, overflow="fold")
         for name, row in zip(_short_names([row.layer for row in self.rows]), self.rows, strict=True):
-            detail = f"dense: {row.reason}" if row.reason else f"rewritten{row.kept_text and f', kept {row.kept_text}'}"
+            kept = f", kept {row.detail}" if row.kept_text else ""
+            detail = f"dense: {row.reason}" if row.reason else f"rewritten{kept}"
             table.add_row(name, row.kind, detail, style="yellow" if row.reason and not row.by_design else None)
         return table
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch.fx import Graph
 
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes import choose_kernels, fuse_gathers, leave_dense, read_compact_cache, sparsify_prefill
+from zipvl_compile.passes import (
+    choose_kernels,
+    demand_rows,
+    fuse_gathers,
+    leave_dense,
+    prune_projections,
+    read_compact_cache,
+    sparsify_prefill,
+)
 from zipvl_compile.passes.pass_report import PassReport
 
 
@@ -24,6 +32,8 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
             all_queries=options.queries == "all",
             drop=options.evict == "drop",
         ),
+        demand_rows.apply(graph),
+        prune_projections.apply(graph),
         read_compact_cache.apply(graph),
         leave_dense.apply(graph),
     ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph
 
 from zipvl_compile.passes import normalize_attention
-from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
+from zipvl_compile.passes.pass_report import Demand, PassReport, Pruning, SiteOutcome
 
 log = logging.getLogger("zipvl_compile")
 _MAX_REPORTS = 256
@@ -23,9 +23,11 @@ _warned: set[str] = set()
 
 @dataclass
 class CompileReport:
-    """Every attention site of one compiled graph."""
+    """Every attention site of one compiled graph, and what is computed around those that were rewritten."""
 
     sites: list[SiteOutcome] = field(default_factory=list)
+    pruned: list[Pruning] = field(default_factory=list)
+    demands: list[Demand] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[SiteOutcome]:
@@ -38,6 +40,7 @@ class CompileReport:
     def __str__(self) -> str:
         lines = [f"zipvl: {len(self.rewritten)} attention sites rewritten, {len(self.dense)} dense"]
         lines += [f"  {site.layer} {site.kind}: {site.reason or 'rewritten'}" for site in self.sites]
+        lines += [f"  {pruning}" for pruning in self.pruned] + [f"  {demand}" for demand in self.demands]
         return "\n".join(lines)
 
 
@@ -47,7 +50,8 @@ def record(passes: list[PassReport], graph: Graph, training: bool = False) -> Co
     if training:
         reason = "gradients are needed: call model.eval(), or run under torch.no_grad()"
         sites = [SiteOutcome(site.name, "other", reason) for site in normalize_attention.find(graph)]
-    report = CompileReport(sites)
+    pruned = [pruning for report in passes for pruning in report.pruned]
+    report = CompileReport(sites, pruned, [demand for report in passes for demand in report.demands])
     if sites:
         _recent.append(report)
     for collected in _listeners:

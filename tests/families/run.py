@@ -43,6 +43,7 @@ class Result:
         cache_layers: classes of the cache's layers.
         kept: by cache layer, fraction of the prompt that it keeps at tau=0.9; None where it is not compacted.
         finite: whether all logits at tau=0.9 are finite.
+        pruned: attention sites at tau=0.9 whose q, v or output projection is computed for kept tokens only.
         seconds: of the whole run.
     """
 
@@ -57,6 +58,7 @@ class Result:
     cache_layers: list[str] = field(default_factory=list)
     kept: list[float | None] = field(default_factory=list)
     finite: bool = True
+    pruned: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def save(self) -> None:
@@ -97,7 +99,9 @@ def run(family: str) -> Result:
         note_tokens(result, name, generate(f, x).sequences, generate(eager, x).sequences)
         last = x
     if FAMILIES[family].generates:
-        note_compaction(result, generate(compiled(family, tau=TAU), last, output_logits=True))
+        with collect() as reports:
+            note_compaction(result, generate(compiled(family, tau=TAU), last, output_logits=True))
+        result.pruned = dict(Counter(part for report in reports for one in report.pruned for part in one.parts))
     result.seconds = round(time.time() - start, 1)
     return result
 

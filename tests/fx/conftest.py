@@ -13,7 +13,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zipvl_compile.kernels.probe_rows import probe_rows
-from zipvl_compile.passes import leave_dense, read_compact_cache, sparsify_prefill
+from zipvl_compile.passes import demand_rows, leave_dense, prune_projections, read_compact_cache, sparsify_prefill
 
 SELECTION = {
     "tau": 0.8,
@@ -100,8 +100,9 @@ class CheckedRun(torch.fx.Interpreter):
 class Recorder:
     """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked."""
 
-    def __init__(self, selection, inner):
-        self.selection, self.inner = selection, inner
+    def __init__(self, selection, inner, prune):
+        self.selection, self.inner, self.prune = selection, inner, prune
+        self.pruned, self.demands = [], []
         self.reports, self.graphs, self.erased, self.added = [], [], [], []
 
     def __call__(self, gm, example_inputs):
@@ -111,7 +112,11 @@ class Recorder:
             env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
         before, returned = _nodes(gm.graph), _returned_inputs(gm.graph)
         if self.selection is not None:
-            reports = [sparsify_prefill.apply(gm.graph, **self.selection), read_compact_cache.apply(gm.graph)]
+            reports = [sparsify_prefill.apply(gm.graph, **self.selection)]
+            if self.prune:
+                self.demands += demand_rows.apply(gm.graph).demands
+                self.pruned += prune_projections.apply(gm.graph).pruned
+            reports.append(read_compact_cache.apply(gm.graph))
             between = _nodes(gm.graph)
             reports.append(leave_dense.apply(gm.graph))
             assert list(between) == list(_nodes(gm.graph)), "leave_dense must change nothing"
@@ -134,8 +139,8 @@ def record():
     """Return `record(module, *inputs, ...)`: compile, run once, return the output and the recorder."""
     torch._dynamo.reset()
 
-    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, **selection):
-        recorder = Recorder(SELECTION | selection if passes else None, inner)
+    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, prune=False, **selection):
+        recorder = Recorder(SELECTION | selection if passes else None, inner, prune)
         recorder.compiled = torch.compile(module, backend=recorder, dynamic=dynamic)
         return recorder.compiled(*inputs), recorder
 

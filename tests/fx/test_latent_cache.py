@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from fx.modules import SPARE, Packed, Wrapped, pack
 from fx.test_normalize_attention import outcomes
 
-from zipvl_compile.passes.token_rows import Mixes, TokenRows
+from zipvl_compile.passes.token_axis import Mixes
+from zipvl_compile.passes.token_rows import TokenRows
 
 ops = torch.ops.zipvl
 HEADS, RANK, ROPE, VALUE = 4, 6, 2, 5
@@ -169,7 +170,7 @@ def written_over(latent, rope):
 MIXING = {
     cumulative: "'cumsum' may mix tokens",
     reversed_tokens: "'flip' may mix tokens",
-    shifted: "the token axis is indexed",
+    shifted: "'cat' joins tokens with others",
     mixed_by_a_product: "'matmul' may mix tokens",
     along_the_tokens: "'linear' works along the tokens",
     regrouped: "'reshape' takes the token axis apart",
@@ -203,15 +204,17 @@ def test_decode_that_mixes_tokens_is_right_over_a_full_cache_and_refused_over_a_
         record(module, q[:, :, -1:], latent[:, :, :15], rope[:, :, :15], every[:, :, :15])
 
 
-def test_a_tensor_beside_the_sources_has_no_token_axis():
+def test_only_what_is_computed_from_the_sources_has_their_rows():
     graph = torch.fx.Graph()
     a, b = graph.placeholder("a"), graph.placeholder("b")
-    other = graph.call_method("cumsum", (b, 2))
+    negated, other = graph.call_method("neg", (a,)), graph.call_method("neg", (b,))
     mixed = graph.call_method("cumsum", (a, 2))
-    for node in (a, b, other, mixed):
+    for node in (a, b, negated, other, mixed):
         node.meta["example_value"] = torch.zeros(1, 1, 3, 4)
-    graph.output((other, mixed))
+    graph.output((negated, other, mixed))
     rows = TokenRows([a])
-    assert rows.axis(a) == 2 and rows.axis(b) is None and rows.axis(other) is None and rows.axis(3) is None
+    assert list(rows.cone([negated]).nodes) == [negated]
+    with pytest.raises(Mixes, match="tokens of its own"):
+        rows.cone([other])
     with pytest.raises(Mixes, match="cumsum"):
-        rows.axis(mixed)
+        rows.cone([mixed])

@@ -1,0 +1,108 @@
+"""Some tokens of a tensor: taken from it, and put back.
+
+index_select(x, axis, rows)                    the same rows for every sample: probe rows, or a batch of one
+take_along_dim(x, positions, axis)             the kept tokens of each sample
+x[:, -1:]                                      a slice, or an index that is a tensor
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from zipvl_compile.passes.graph_edit import example, insert_call
+from zipvl_compile.passes.token_rows import Axes
+
+_ALL = slice(None)
+
+
+def size(x: Node, axis: int, before: Node) -> Any:
+    """Return a size of `x`: a number, or a node inserted before another where only the running graph knows it."""
+    known = example(x).shape[axis]
+    return known if isinstance(known, int) else insert_call(before, torch.ops.aten.sym_size.int, (x, axis))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Rows `index`, int64 `[m]`, of every sample."""
+
+    index: Node
+    count: Any
+    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
+
+    def take(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of `x`, inserted before a node; what was taken further up is not taken again."""
+        key = x, axes
+        if key not in self.taken or before < self.taken[key]:
+            self.taken[key] = insert_call(before, torch.index_select, (x, axes.token, self.index))
+        return self.taken[key]
+
+    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
+        """Return `base` with `rows` in their places."""
+        return insert_call(before, torch.index_copy, (base, axes.token, self.index, rows))
+
+
+@dataclass(frozen=True)
+class OfEachSample:
+    """Rows `index`, int64 `[B, P]`, of each sample its own."""
+
+    index: Node
+    count: Any
+    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
+
+    def take(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of `x`, inserted before a node; a tensor that all samples share gets an axis of samples."""
+        key = x, axes
+        if key not in self.taken or before < self.taken[key]:
+            self.taken[key] = self._take(x, axes, before)
+        return self.taken[key]
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        assert axes.batch is not None
+        missing = max(-axes.batch, 0)
+        if missing:
+            x = insert_call(before, operator.getitem, (x, (*[None] * missing, Ellipsis)))
+        index = self._spread(example(x).dim(), axes.token + missing, max(axes.batch, 0), before)
+        return insert_call(before, torch.take_along_dim, (x, index, axes.token + missing))
+
+    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
+        """Return `base` with `rows` in their places."""
+        assert axes.batch is not None
+        index = self._spread(example(rows).dim(), axes.token, axes.batch, before)
+        index = insert_call(before, torch.ops.aten.expand_as.default, (index, rows))
+        return insert_call(before, torch.scatter, (base, axes.token, index, rows))
+
+    def _spread(self, axes: int, token: int, batch: int, before: Node) -> Node:
+        index = self.index if batch < token else insert_call(before, torch.transpose, (self.index, 0, 1))
+        where = tuple(_ALL if axis in (token, batch) else None for axis in range(axes))
+        return insert_call(before, operator.getitem, (index, where))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `index` of every sample: a slice, or a node that holds an int64 tensor `[m]`."""
+
+    index: Any
+
+    def take(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of `x`, inserted before a node."""
+        return insert_call(before, operator.getitem, (x, (*[_ALL] * axes.token, self.index)))
+
+
+def kept_rows(positions: Node) -> Shared | OfEachSample:
+    """Return the rows at `positions [B, 1, P]` as select_tokens returned them."""
+    before = positions.next
+    count = size(positions, 2, before)
+    if one_sample(positions):
+        return Shared(insert_call(before, operator.getitem, (positions, (0, 0))), count)
+    return OfEachSample(insert_call(before, operator.getitem, (positions, (_ALL, 0))), count)
+
+
+def one_sample(x: Node) -> bool:
+    """Return whether the first axis of `x` is known to be 1."""
+    return statically_known_true(example(x).shape[0] == 1)

@@ -1,0 +1,137 @@
+"""Only some rows of the last hidden state are used: the last layer computes no others.
+
+Before (`logits_to_keep=1`, as `generate` calls every model):
+
+    a = sparse_attention(q, keys, values, positions, ...)                       n tokens
+    h = x + linear(a, wo)
+    logits = linear(norm(h + mlp(norm(h)))[:, -1:], lm_head)
+
+After:
+
+    a_1 = decode_attention(q[:, :, -1:], keys, values, positions, n, n, ...)    one token; zero if it was not kept
+    h_1 = x[:, -1:] + linear(a_1, wo)
+    logits = linear(norm(h_1 + mlp(norm(h_1))), lm_head)
+
+Exact: everything between is proven to treat each token by itself and to be read by nothing else
+(`exclusive_rows.py`). Keys and values of the last layer are still those of the prompt. `prune_projections` then narrows
+Q to the probe rows and the last one. Other slices than the last row, and indices that are tensors, leave the attention
+as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from zipvl_compile.passes.chosen_rows import Slice, size
+from zipvl_compile.passes.exclusive_rows import computed_only_for
+from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
+from zipvl_compile.passes.pass_report import Demand, PassReport
+from zipvl_compile.passes.token_axis import Mixes, every_axis
+from zipvl_compile.passes.token_rows import Axes
+
+ops = torch.ops.zipvl
+_LAST = slice(-1, None, None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Reads rows `index` of a hidden state `[B, n, hidden]`: an int, a slice, or an int64 tensor `[m]`."""
+
+    reader: Node
+    hidden: Node
+    index: Any
+
+
+def find(graph: Graph) -> list[Part]:
+    """Return the parts of hidden states that are taken after a sparse attention, in execution order."""
+    found, below = [], set(calls(graph, ops.sparse_attention))
+    for node in graph.nodes:
+        if below.isdisjoint(node.all_input_nodes):
+            continue
+        below.add(node)
+        if is_call(node, operator.getitem) and (part := _read(node)) is not None:
+            found.append(part)
+    return found
+
+
+def _read(node: Node) -> Part | None:
+    hidden, index = args_of(node)
+    value = example(hidden)
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or not isinstance(index, tuple):
+        return None
+    if any(i is None or isinstance(i, bool) for i in index) or len(index) - (Ellipsis in index) > 3:
+        return None
+    samples, tokens, features = every_axis(index, 3)
+    if (samples, features) != (slice(None), slice(None)) or tokens == slice(None):
+        return None
+    if isinstance(tokens, slice) and statically_known_true(example(node).shape[1] == value.shape[1]):
+        return None  # all of them
+    indexed = isinstance(tokens, Node)
+    if indexed and (not isinstance(example(tokens), torch.Tensor) or example(tokens).dtype != torch.int64):
+        return None
+    if indexed and example(tokens).dim() != 1:
+        return None
+    return Part(node, hidden, tokens)
+
+
+def rewrite(part: Part) -> None:
+    """Compute the demanded rows only.
+
+    Raises:
+        Mixes: other rows are needed, or rows are not known to be computed token by token.
+    """
+    cone = computed_only_for(part.hidden, Axes(1), {part.reader})
+    one = isinstance(part.index, int)
+    index = slice(part.index, part.index + 1 or None) if one else part.index
+    rows, reader = Slice(index), part.reader
+    taken = {}
+    for source, axes in cone.sources.items():
+        attend = index == _LAST and is_call(source, ops.sparse_attention) and axes.token == 2
+        taken[source] = attend_last(source, reader) if attend else rows.take(source, axes, reader)
+    first = next(iter(cone.sources))
+    new = cone.again(taken, size(taken[first], cone.sources[first].token, reader), reader)[part.hidden]
+    if one:
+        new = insert_call(reader, operator.getitem, (new, (slice(None), 0)))
+    reader.replace_all_uses_with(new)
+    erase_unread([reader])
+    cone.erase()
+    erase_unread(source for source in cone.sources if is_call(source, ops.sparse_attention))
+
+
+def attend_last(attention: Node, before: Node) -> Node:
+    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node."""
+    query, keys, values, positions, mask, _, scale, softcap, all_queries = args_of(attention)
+    scored_keys = args_of(args_of(args_of(positions)[0])[0])[1]  # [B, Hkv, n, D]
+    n = size(scored_keys, 2, before)
+    if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
+        mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), _LAST)))
+    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), _LAST)))
+    # The last row sees every kept key, as a new token sees the cache.
+    arguments = (last, keys, values, positions, n, n, mask, scale, softcap)
+    out = insert_call(before, ops.decode_attention.default, arguments)
+    out.meta["layer"] = attention.meta.get("layer")
+    if all_queries:
+        return out
+    at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
+    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
+    kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
+    return insert_call(before, torch.where, (kept, out, 0.0))
+
+
+def apply(graph: Graph) -> PassReport:
+    """Narrow what is computed for rows of the last hidden state that nobody uses."""
+    report = PassReport("demand_rows")
+    for part in find(graph):
+        reason = ""
+        try:
+            rewrite(part)
+        except Mixes as why:
+            reason = str(why)
+        report.demands.append(Demand(str(part.index), reason))
+    return report
