@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zipvl_compile.passes.cost_model import AttentionShape
+
 Kind = Literal["prefill", "decode", "other"]
 
 
@@ -18,6 +20,7 @@ class SiteOutcome:
         reason: why it stays dense; empty where it was rewritten.
         by_design: staying dense is what should happen, as for a vision tower; nobody needs a warning.
         mask: what the mask of a prefill computes, such as "causal + padding"; empty where nobody asked.
+        shape: what the cost of a prefill depends on; None where nobody asked.
     """
 
     layer: str
@@ -25,6 +28,7 @@ class SiteOutcome:
     reason: str = ""
     by_design: bool = False
     mask: str = field(default="", compare=False)
+    shape: AttentionShape | None = field(default=None, compare=False)
 
     @property
     def rewritten(self) -> bool:

@@ -28,6 +28,7 @@ others attend among the same kept tokens, since the cache will hold no others wh
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
 from zipvl_compile.kernels import token_scores as _score  # noqa: F401
 from zipvl_compile.passes import attention_site, normalize_attention
 from zipvl_compile.passes.attention_site import AttentionSite
+from zipvl_compile.passes.cost_model import NEVER, AttentionShape
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
 from zipvl_compile.passes.masks import CanonicalMasks, four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
@@ -48,6 +50,7 @@ from zipvl_compile.passes.token_rows import first_computed_from
 from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
 
 ops = torch.ops.zipvl
+LeastTokens = Callable[[AttentionShape, torch.dtype, torch.device], int]
 
 
 def find(graph: Graph) -> list[tuple[AttentionSite, Node]]:
@@ -96,6 +99,8 @@ def is_short(site: AttentionSite, min_tokens: int) -> str:
     n = example(site.key).shape[2]
     if statically_known_true(n == 1):
         return "prompt of one token"
+    if min_tokens >= NEVER:
+        return "keeping every token gains nothing over dense attention"
     return "" if n >= min_tokens else f"prompt shorter than min_tokens={min_tokens}"
 
 
@@ -141,6 +146,13 @@ def is_legal_reader(site: AttentionSite, owner: AttentionSite) -> str:
 
 def _reads_whole_prompt(site: AttentionSite) -> bool:
     return statically_known_true(example(site.query).shape[2] == example(site.key).shape[2])
+
+
+def shape_of(site: AttentionSite, probes: int, every_query: bool) -> AttentionShape:
+    """Return what the site's cost depends on; a batch of symbolic size counts as one sample."""
+    q, k, v = (example(x) for x in (site.query, site.key, site.value))
+    batch = q.shape[0] if isinstance(q.shape[0], int) else 1
+    return AttentionShape(batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], probes, q.element_size(), every_query)
 
 
 @dataclass(frozen=True)
@@ -208,11 +220,11 @@ def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: 
     site.replace_with(out)
 
 
-def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
+def apply(graph: Graph, *, min_tokens: int | LeastTokens, **selection) -> PassReport:
     """Rewrite every legal prefill site of `graph`; report the others with their reasons.
 
     Args:
-        min_tokens: shorter prompts stay dense (tokens).
+        min_tokens: shorter prompts stay dense (tokens); or what gives it for an attention of a shape, dtype and device.
         selection: fields of `Selection`.
     """
     report = PassReport("sparsify_prefill")
@@ -220,7 +232,10 @@ def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
     layers: dict[Node, tuple[AttentionSite, Kept] | None] = {}
     for site, marker in find(graph):
         reads_first = marker not in layers
-        short = is_short(site, min_tokens)
+        shape = shape_of(site, chosen.recent + chosen.random, chosen.all_queries)
+        query = example(site.query)
+        least = min_tokens if isinstance(min_tokens, int) else min_tokens(shape, query.dtype, query.device)
+        short = is_short(site, least)
         if reads_first:
             reason = short or is_legal(site, marker)
         elif layers[marker] is None:
@@ -228,7 +243,7 @@ def apply(graph: Graph, *, min_tokens: int, **selection) -> PassReport:
         else:
             reason = is_legal_reader(site, layers[marker][0])  # type: ignore[index]
         by_design = bool(short) or reason == CROSS_ATTENTION
-        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design, str(masks.form(site))))
+        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design, str(masks.form(site)), shape))
         if reason:
             layers.setdefault(marker, None)
             continue

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from zipvl_compile.options import DEFAULT_MIN_TOKENS, OptionError, ZipVLOptions
+from zipvl_compile.options import OptionError, ZipVLOptions
 
 NAN, INF = float("nan"), float("inf")
 GOOD = {
@@ -20,7 +20,7 @@ GOOD = {
     "queries": ["selected", "all"],
     "groups": ["layer"],
     "evict": ["drop", "keep"],
-    "min_tokens": [0, 1, 100_000],
+    "min_tokens": [None, 0, 1, 100_000],
     "inner": ["inductor", "aot_eager", "eager"],
     "kernel": ["auto", "triton", "torch"],
     "mode": [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
@@ -35,7 +35,7 @@ BAD = {
     "queries": ["Selected", "none", "", None, 1, ["all"], {}],
     "groups": ["kv_head", "head", None, 1],
     "evict": ["Drop", "none", None, True, False, ["keep"]],
-    "min_tokens": [-1, 0.5, "512", None, True],
+    "min_tokens": [-1, 0.5, "512", True],
     "inner": ["triton", "", None, 0, {}],
     "kernel": ["Triton", "cuda", None],
     "mode": ["fast", "", 3, ["default"], True],
@@ -81,7 +81,7 @@ def test_defaults():
         "queries": "selected",
         "groups": "layer",
         "evict": "drop",
-        "min_tokens": DEFAULT_MIN_TOKENS,
+        "min_tokens": None,
         "inner": "inductor",
         "kernel": "auto",
         "mode": None,

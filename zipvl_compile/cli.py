@@ -126,6 +126,7 @@ def explain(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
     option: Annotated[list[str] | None, typer.Option(help="Backend option, such as min_tokens=0; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Predict from which length each layer gains.")] = False,
 ) -> None:
     """List every attention of a model: rewritten or dense, and why."""
     with _readable_errors():
@@ -145,6 +146,11 @@ def explain(
             inputs = prompt_inputs(processor, picture, prompt, loaded.device)
             explanation = explain_model(loaded, options=options, **inputs)
         console.print(explanation)
+        if cost:
+            from zipvl_compile.costs import costs
+
+            for line in costs(explanation, loaded.dtype, loaded.device):
+                console.print(str(line), highlight=False)
 
 
 def _check_output(output: Path) -> None:

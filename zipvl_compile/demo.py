@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from zipvl_compile import tables
 from zipvl_compile.compare import Answer, Comparison, check_compacted, compare, compiled_pair, warm_up
-from zipvl_compile.options import DEFAULT_MIN_TOKENS, ZipVLOptions
+from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.plots import draw_kept_patches, draw_kept_strips
 from zipvl_compile.prompts import image_positions, load, model_view, patch_grid, prompt_inputs
 from zipvl_compile.tiny_lvlm import CHECKPOINT
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 8
 REPEATS = 5
 EXAMPLES = 6
 SHORT_PROMPTS = (
-    "min_tokens=0, because these prompts have about {n} tokens: by default, prompts shorter than {least} stay dense."
+    "min_tokens=0, because these prompts have about {n} tokens: by default, prompts too short to gain time stay dense."
 )
 SMALL_MODEL = (
     "About the times: with {millions:.1f} M parameters and {n} tokens, attention is a small part of the work, and "
@@ -138,8 +138,7 @@ def _explain_setup(console: Console, setup: Setup, n: int) -> None:
     _say(console, f'  dense   model.compile(backend="{setup.inner}")')
     options = setup.options if setup.inner == "inductor" else {**setup.options, "inner": setup.inner}
     _say(console, f'  zipvl   model.compile(backend="zipvl", options={options})'.replace("'", '"'))
-    if n < DEFAULT_MIN_TOKENS:
-        _say(console, SHORT_PROMPTS.format(n=n, least=DEFAULT_MIN_TOKENS), "dim")
+    _say(console, SHORT_PROMPTS.format(n=n), "dim")
 
 
 def _measure(

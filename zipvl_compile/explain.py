@@ -195,7 +195,7 @@ def _with_kept_tokens(
     if not counts and len(prefill) == len(kept):
         counts = dict(zip(prefill, kept.values(), strict=True))
     return [
-        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt, site.by_design)
+        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt, site.by_design, shape=site.shape)
         for i, site in enumerate(sites)
     ]
 

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+from zipvl_compile.passes.cost_model import AttentionShape
 from zipvl_compile.passes.pass_report import Kind
 
 
@@ -21,6 +22,7 @@ class ExplainedSite:
         prompt: prompt length (tokens).
         by_design: staying dense is what should happen, as for a vision tower or a prompt below `min_tokens`.
         pruned: projections that are computed only for the tokens that need them, such as "q, v, output".
+        shape: what the cost of a prefill attention depends on.
     """
 
     layer: str
@@ -30,6 +32,7 @@ class ExplainedSite:
     prompt: int = 0
     by_design: bool = False
     pruned: str = ""
+    shape: AttentionShape | None = None
 
     @property
     def outcome(self) -> str:

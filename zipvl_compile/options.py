@@ -11,10 +11,6 @@ from typing import Any
 
 from torch._dynamo.exc import ShortenTraceback
 
-#: Prompts shorter than this many tokens stay dense. `make bench` puts the length from which prefill gains between 512
-#: and 1024 tokens; below that, measuring and gathering cost more than the attention they save.
-DEFAULT_MIN_TOKENS = 1024
-
 
 # Dynamo wraps whatever a backend raises in BackendCompilerFailed, but for its own short-traceback errors; with both
 # bases a bad option reaches the user as the ValueError that it is.
@@ -55,7 +51,7 @@ class ZipVLOptions:
         queries: "selected" gives attention output to kept tokens only (the paper), "all" to every token.
         groups: "layer" selects once per layer (the paper); "kv_head" is not available yet.
         evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
-        min_tokens: shorter prompts stay dense (tokens).
+        min_tokens: shorter prompts stay dense (tokens); None asks the cost model, for each attention, on this machine.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         kernel: implementation of the operators: "auto" (Triton on GPUs, the fastest per shape), "triton" or "torch".
         mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`.
@@ -72,7 +68,7 @@ class ZipVLOptions:
     queries: str = "selected"
     groups: str = "layer"
     evict: str = "drop"
-    min_tokens: int = DEFAULT_MIN_TOKENS
+    min_tokens: int | None = None
     inner: str = "inductor"
     kernel: str = "auto"
     mode: str | None = None
@@ -134,7 +130,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "queries": (_one_of("selected", "all"), '"selected" or "all"', 'Use "selected" for the paper\'s method.'),
     "groups": (_one_of("layer"), '"layer"', 'A selection per "kv_head": ' + _NOT_YET.lower()),
     "evict": (_one_of("drop", "keep"), '"drop" or "keep"', 'Use "keep" for a full KV cache.'),
-    "min_tokens": (_count(0), "an integer of at least 0", "Use 0 to rewrite prompts of every length."),
+    "min_tokens": (
+        lambda value: value is None or _count(0)(value),
+        "None or an integer of at least 0",
+        "Use 0 to rewrite prompts of every length, None to let the cost model decide.",
+    ),
     "inner": (
         _one_of("inductor", "aot_eager", "eager"),
         '"inductor", "aot_eager" or "eager"',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
+from zipvl_compile.costs import least_tokens
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -22,7 +23,7 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
     reports = [
         sparsify_prefill.apply(
             graph,
-            min_tokens=options.min_tokens,
+            min_tokens=least_tokens(options),
             tau=options.tau,
             keep_ratio=options.keep_ratio,
             recent=options.recent_probes,

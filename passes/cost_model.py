@@ -1,0 +1,109 @@
+"""What prefill attention costs dense and sparse, as formulas in the prompt length, and from which length sparse pays.
+
+    dense  = attend B Hq n^2 (D + Dv) / 2
+    sparse = site + B [ (score + multiply D) Hq m n  +  token n                      scores, selection
+                        + byte (Hkv (D + Dv) + 2 Hq D + Hq Dv) p  +  byte Hq Dv n    gathers of K, V, Q; rows put back
+                        + attend Hq p^2 (D + Dv) / 2 ]                               attention among kept tokens
+
+with p = r n kept tokens (n p instead of p^2 where every query attends) and m probe rows; the lower-case words are
+seconds per unit, measured on the machine at hand. Projections that `prune_projections` narrows only add to the gain;
+they are left out, since it may find nothing to prune.
+
+A break-even length is the largest root of dense - sparse, a quadratic in n. It becomes a guard of the compiled graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import astuple, dataclass
+
+import sympy
+
+n, r = sympy.symbols("n r", positive=True)
+B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
+every = sympy.symbols("every", nonnegative=True)  # 1 where every query attends, else 0
+attend, multiply, score, token, byte, site = sympy.symbols("attend multiply score token byte site", nonnegative=True)
+
+DENSE = attend * B * Hq * n**2 * (D + Dv) / 2
+SPARSE = site + B * (
+    (score + multiply * D) * Hq * m * n
+    + token * n
+    + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
+    + attend * Hq * n**2 * r ** (2 - every) * (D + Dv) / 2
+)
+NEVER = 1 << 62  # tokens
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the cost of one attention depends on besides the prompt length.
+
+    Attributes:
+        batch: samples.
+        query_heads, kv_heads: attention heads.
+        head_dim, value_dim: elements of a head of Q and K, and of V.
+        probes: probe rows (tokens).
+        element: bytes of one element.
+        every_query: every query attends to the kept keys, not only the kept ones.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    probes: int
+    element: int
+    every_query: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds per unit of work, measured.
+
+    Attributes:
+        attend: of one multiply-add inside dense attention.
+        multiply: of one multiply-add of the probe rows' scores.
+        score: of one probe score besides that: softmax and sums.
+        token: of selecting among the scores, per prompt token.
+        byte: of gathering, per byte.
+        site: of one sparse attention, whatever its size.
+    """
+
+    attend: float
+    multiply: float
+    score: float
+    token: float
+    byte: float
+    site: float
+
+
+def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
+    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, multiply, score, token, byte, site)
+    return dict(zip(symbols, map(float, (*astuple(shape), *astuple(machine))), strict=True))
+
+
+@functools.cache
+def break_even(shape: AttentionShape, machine: Machine, kept: float) -> int:
+    """Return the prompt length from which sparse attention is faster, in tokens; `NEVER` where it never is.
+
+    Args:
+        kept: fraction of the tokens that the layer is expected to keep, in (0, 1].
+    """
+    gain = sympy.Poly((DENSE - SPARSE).subs(_values(shape, machine) | {r: kept}), n)
+    if gain.degree() < 2 or gain.LC() <= 0:
+        return NEVER
+    roots = [float(root) for root in gain.nroots() if root.is_real]
+    return max(math.ceil(max(roots, default=0.0)), 0)
+
+
+def seconds(shape: AttentionShape, machine: Machine, tokens: int, kept: float) -> tuple[float, float]:
+    """Return the predicted time of dense and of sparse attention over a prompt, in seconds.
+
+    Args:
+        tokens: prompt length.
+        kept: fraction of the tokens that the layer keeps, in (0, 1].
+    """
+    given = _values(shape, machine) | {n: tokens, r: kept}
+    return float(DENSE.subs(given)), float(SPARSE.subs(given))

@@ -1,0 +1,75 @@
+"""The cost model: its formulas against counting by hand, its break-even against its own predictions."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, break_even, seconds
+
+SHAPE = AttentionShape(1, 8, 2, 64, 32, 128, 4)
+MACHINE = Machine(attend=4e-11, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
+NOTHING = Machine(0, 0, 0, 0, 0, 0)
+
+
+def only(**constants):
+    return dataclasses.replace(NOTHING, **constants)
+
+
+def test_dense_counts_the_causal_half_of_both_products():
+    dense, sparse = seconds(SHAPE, only(attend=1.0), 1000, 0.5)
+    assert dense == 8 * 1000**2 * (64 + 32) / 2
+    assert sparse == dense / 4, "p squared"
+
+
+def test_every_query_over_the_kept_keys():
+    everyone = dataclasses.replace(SHAPE, every_query=True)
+    dense, sparse = seconds(everyone, only(attend=1.0), 1000, 0.5)
+    assert sparse == dense / 2, "n times p"
+
+
+def test_scores_are_probe_rows_times_tokens():
+    assert seconds(SHAPE, only(multiply=1.0), 1000, 0.5) == (0, 8 * 128 * 1000 * 64)
+    assert seconds(SHAPE, only(score=1.0), 1000, 0.5) == (0, 8 * 128 * 1000)
+    assert seconds(SHAPE, only(token=1.0), 1000, 0.5) == (0, 1000)
+
+
+def test_gathers_move_what_is_kept_and_put_every_row_back():
+    kept, back = 500 * (2 * (64 + 32) + 2 * 8 * 64 + 8 * 32), 1000 * 8 * 32
+    assert seconds(SHAPE, only(byte=1.0), 1000, 0.5) == (0, 4 * (kept + back))
+
+
+def test_a_batch_costs_as_many_samples_and_one_site():
+    (dense, sparse), (twice, both) = (
+        seconds(dataclasses.replace(SHAPE, batch=batch), MACHINE, 999, 0.3) for batch in (1, 2)
+    )
+    assert twice == pytest.approx(2 * dense)
+    assert both == pytest.approx(2 * sparse - MACHINE.site)
+
+
+def test_a_machine_like_the_one_it_was_made_on():
+    assert 500 < break_even(SHAPE, MACHINE, 0.367) < break_even(SHAPE, MACHINE, 0.8) < 5000
+
+
+def test_keeping_every_token_never_pays():
+    assert break_even(SHAPE, MACHINE, 1.0) == NEVER
+
+
+def test_free_choosing_always_pays():
+    assert break_even(SHAPE, only(attend=1.0), 0.5) == 0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(kept=st.floats(0.02, 0.98), batch=st.integers(1, 8), heads=st.sampled_from([(8, 2), (40, 40), (4, 1)]),
+       width=st.sampled_from([32, 64, 128]), scale=st.floats(0.1, 10), every=st.booleans())  # fmt: skip
+def test_sparse_is_faster_exactly_from_the_break_even_length(kept, batch, heads, width, scale, every):
+    shape = AttentionShape(batch, *heads, width, width, 128, 2, every)
+    machine = dataclasses.replace(MACHINE, attend=MACHINE.attend * scale)
+    length = break_even(shape, machine, kept)
+    for tokens in (length, 2 * length, 10 * length):
+        dense, sparse = seconds(shape, machine, tokens, kept)
+        assert sparse <= dense * (1 + 1e-9)
+    for tokens in (length - 1, length // 2, length // 10):
+        dense, sparse = seconds(shape, machine, max(tokens, 0), kept)
+        assert sparse > dense * (1 - 1e-9)
