@@ -106,9 +106,7 @@ def cases() -> dict[str, Callable[[], object]]:
     for n in (1024, 16384, 32768):
         scores, seen = torch.rand(1, 1, n), torch.ones(1, n)
         made[f"{n} tokens"] = lambda s=scores, v=seen: _select.select_tokens(s, v, tau=0.5, use="triton")
-        made[f"{n} tokens, ratio"] = lambda s=scores, v=seen: _select.select_tokens(
-            s, v, keep_ratio=0.5, use="triton"
-        )
+        made[f"{n} tokens, ratio"] = lambda s=scores, v=seen: _select.select_tokens(s, v, keep_ratio=0.5, use="triton")
     return made
 
 

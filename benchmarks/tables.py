@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the results files: `python benchmarks/tables.py`."""
+"""Write the tables of README.md and the plot from the results files: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,58 @@ def source(rows: dict) -> str:
     )
 
 
+def _by_variant() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """Return the speed figures as `{(bench, case): {variant: {metric: value}}}`."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
+    for (bench, case, variant), metrics in latest("speed").items():
+        found[bench, case][variant] = {metric: line["value"] for metric, line in metrics.items()}
+    return found
+
+
 def speed() -> str:
-    """Return the table of prefill and decode."""
-    rows = latest("speed")
-    table = ["| | dense | zipvl | speedup | bound | KV kept |", "|---|---|---|---|---|---|"]
-    for (bench, case, _), metrics in rows.items():
-        value = {metric: line["value"] for metric, line in metrics.items()}
+    """Return the table of prefill, decode and generate."""
+    table = [
+        "| | dense | zipvl | speedup | without pruning | queries all | bound | KV kept |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (bench, case), variants in _by_variant().items():
+        value = variants["zipvl"]
+        others = [f"{variants[v]['speedup']:.2f}x" if v in variants else "" for v in ("unpruned", "queries all")]
         bound = f"{value['bound']:.2f}x" if "bound" in value else ""
         kept = f"{value['kv_bytes_kept']:.0%}" if "kv_bytes_kept" in value else ""
-        table.append(
-            f"| {bench}, {case.rsplit(', ', 1)[1]} | {value['dense']:.1f} ms | {value['zipvl']:.1f} ms "
-            f"| {value['speedup']:.2f}x | {bound} | {kept} |"
-        )
-    case, variant = next(iter(rows))[1:]
-    return "\n".join([*table, "", f"{case.rsplit(', ', 1)[0]}, {variant}. {source(rows)}"])
+        cells = [f"{bench}, {case.rsplit(', ', 1)[1]}", f"{value['dense']:.1f} ms", f"{value['zipvl']:.1f} ms"]
+        table.append("| " + " | ".join([*cells, f"{value['speedup']:.2f}x", *others, bound, kept]) + " |")
+    rows = latest("speed")
+    case = next(iter(rows))[1]
+    return "\n".join([*table, "", f"{case.rsplit(', ', 1)[0]}, keep_ratio 0.367. {source(rows)}"])
+
+
+def draw() -> None:
+    """Draw the speedup of prefill against the prompt length into results/speed.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for (bench, case), variants in _by_variant().items():
+        if bench == "prefill":
+            n = int(case.rsplit(", ", 1)[1].split()[0])
+            for variant, value in variants.items():
+                curves[variant].append((n, value["speedup"]))
+            curves["bound without pruning (Amdahl)"].append((n, variants["zipvl"]["bound"]))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        lengths, speedups = zip(*sorted(points), strict=True)
+        axes.plot(lengths, speedups, label=name, marker="o", linestyle="--" if "bound" in name else "-")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="prompt (tokens)", ylabel="prefill speedup over Inductor")
+    ticks = sorted({n for points in curves.values() for n, _ in points})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=120)
 
 
 def tiny_lvlm() -> str:
@@ -79,3 +117,4 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text()))
+    draw()

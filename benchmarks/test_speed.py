@@ -1,12 +1,13 @@
-"""Prefill and decode of a Llama-like decoder, zipvl against Inductor, in one run.
+"""Prefill, decode and generate of a Llama-like decoder, zipvl against Inductor, in one run.
 
-    make bench        appends to benchmarks/results/speed.jsonl
+    make bench        appends to benchmarks/results/speed.jsonl and draws benchmarks/results/speed.png
 
 A benchmark first checks its result against the same graph without Inductor, and reports nothing where it is wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -14,28 +15,59 @@ import torch
 import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
 
+from zipvl_compile import pipeline
+from zipvl_compile.machine import machine, sparse_prefill_attention
+from zipvl_compile.passes.cost_model import AttentionShape, seconds
+from zipvl_compile.passes.pass_report import PassReport
+
+LAYERS = 8
 LENGTHS = [512, 1024, 2048, 4096, 8192] if not torch.cuda.is_available() else [4096, 8192, 16384, 32768]
+CASE = f"hidden 512, {LAYERS} layers, GQA 4"
+OPTIONS = {"keep_ratio": KEEP_RATIO, "min_tokens": 0}
 
 
-def attention_time(model, n: int) -> float:
-    """Return the time of the dense causal attention of all layers, in seconds."""
+def attention_time(model, n: int, share: float = 1.0) -> float:
+    """Return the time of the causal attention of all layers over a share of the tokens, in seconds."""
     config = model.config
-    shape = (1, config.num_attention_heads, n, config.head_dim)
+    shape = (1, config.num_attention_heads, int(n * share), config.head_dim)
     q, k, v = torch.randn(3, *shape, device=model.device, dtype=model.dtype)
     run = {"attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    return interleaved(run, rounds=5)["attention"] * config.num_hidden_layers
+    return interleaved(run, rounds=7)["attention"] * config.num_hidden_layers
 
 
-@pytest.fixture(scope="module")
-def models():
+@contextlib.contextmanager
+def without_pruning():
+    """Leave out the passes that narrow projections and demanded rows, for the graphs compiled inside."""
+    passes = (pipeline.demand_rows, pipeline.prune_projections)
+    applied = [one.apply for one in passes]
+    for one in passes:
+        one.apply = lambda graph: PassReport("left out")
+    try:
+        yield
+    finally:
+        for one, apply in zip(passes, applied, strict=True):
+            one.apply = apply
+
+
+def variants(n: int) -> dict:
+    """Return compiled models by name, warmed up with a prompt of `n` tokens."""
     torch._dynamo.reset()
-    dense, sparse, check = decoder(), decoder(), decoder()
-    options = {"keep_ratio": KEEP_RATIO, "min_tokens": 0}
-    dense.compile(backend="inductor")
-    sparse.compile(backend="zipvl", options=options)
-    check.compile(backend="zipvl", options=options | {"inner": "eager"})
+    made = {name: decoder(layers=LAYERS) for name in ("eager", "dense", "unpruned", "zipvl", "queries all", "check")}
+    made["dense"].compile(backend="inductor", dynamic=False)
+    made["unpruned"].compile(backend="zipvl", options=OPTIONS, dynamic=False)
+    made["zipvl"].compile(backend="zipvl", options=OPTIONS, dynamic=False)
+    made["queries all"].compile(backend="zipvl", options=OPTIONS | {"queries": "all"}, dynamic=False)
+    made["check"].compile(backend="zipvl", options=OPTIONS | {"inner": "eager"}, dynamic=False)
+    for name, model in made.items():
+        with without_pruning() if name == "unpruned" else contextlib.nullcontext():
+            prefill(model, prompt(n))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
     with torch.no_grad():
-        yield dense, sparse, check
+        yield
 
 
 def prefill(model, ids):
@@ -44,33 +76,38 @@ def prefill(model, ids):
 
 @pytest.mark.benchmark(group="prefill")
 @pytest.mark.parametrize("n", LENGTHS)
-def test_prefill(models, benchmark, n):
-    dense, sparse, check = models
-    ids = prompt(n)
-    torch.testing.assert_close(prefill(sparse, ids).logits, prefill(check, ids).logits, atol=1e-3, rtol=1e-3)
-    times = interleaved({"dense": lambda: prefill(dense, ids), "zipvl": lambda: prefill(sparse, ids)}, rounds=5)
-    benchmark.pedantic(prefill, args=(sparse, ids), rounds=3)
-    speedup = times["dense"] / times["zipvl"]
-    bound = amdahl(times["dense"], attention_time(dense, n), KEEP_RATIO**2)
-    benchmark.extra_info.update(speedup=speedup, bound=bound)
-    report("speed", "prefill", f"hidden 512, 4 layers, GQA 4, {n} tokens", f"keep_ratio {KEEP_RATIO}",
-           dense=(times["dense"] * 1e3, "ms"), zipvl=(times["zipvl"] * 1e3, "ms"), speedup=(speedup, "x"),
-           bound=(bound, "x"), speedup_over_bound=(speedup / bound, "fraction"))  # fmt: skip
+def test_prefill(benchmark, n):
+    models, ids = variants(n), prompt(n)
+    expected = prefill(models["check"], ids).logits
+    for name in ("zipvl", "unpruned"):
+        torch.testing.assert_close(prefill(models[name], ids).logits, expected, atol=1e-3, rtol=1e-3)
+    del models["check"]
+    times = interleaved({name: lambda model=model: prefill(model, ids) for name, model in models.items()}, rounds=7)
+    benchmark.pedantic(prefill, args=(models["zipvl"], ids), rounds=3)
+    dense = times["dense"]
+    bound = amdahl(dense, attention_time(models["dense"], n), KEEP_RATIO**2)
+    benchmark.extra_info.update(speedup=dense / times["zipvl"], bound=bound)
+    for name, taken in times.items():
+        if name != "dense":
+            report("speed", "prefill", f"{CASE}, {n} tokens", name,
+                   dense=(dense * 1e3, "ms"), zipvl=(taken * 1e3, "ms"), speedup=(dense / taken, "x"),
+                   bound=(bound, "x"), speedup_over_bound=(dense / taken / bound, "fraction"))  # fmt: skip
 
 
 @pytest.mark.benchmark(group="decode")
 @pytest.mark.parametrize("n", LENGTHS[2:])
-def test_decode(models, benchmark, n):
-    dense, sparse, check = models
-    ids, token = prompt(n), prompt(1)
-    caches = {name: prefill(model, ids).past_key_values for name, model in (("dense", dense), ("zipvl", sparse))}
+def test_decode(benchmark, n):
+    models, ids, token = variants(n), prompt(n), prompt(1)
+    models = {name: models[name] for name in ("dense", "zipvl", "check")}
+    caches = {name: prefill(model, ids).past_key_values for name, model in models.items()}
     step = {
         name: lambda model=model, name=name: model(input_ids=token, past_key_values=caches[name])
-        for name, model in (("dense", dense), ("zipvl", sparse))
+        for name, model in models.items()
     }
     same = copy.deepcopy(caches["zipvl"])
-    expected = check(input_ids=token, past_key_values=same).logits
+    expected = models["check"](input_ids=token, past_key_values=same).logits
     torch.testing.assert_close(step["zipvl"]().logits, expected, atol=1e-3, rtol=1e-3)
+    del step["check"]
     times = interleaved(step, rounds=15, warm_up=4)
     benchmark.pedantic(step["zipvl"], rounds=5)
     bytes_kept = {
@@ -78,6 +115,48 @@ def test_decode(models, benchmark, n):
     }
     speedup = times["dense"] / times["zipvl"]
     benchmark.extra_info.update(speedup=speedup)
-    report("speed", "decode", f"hidden 512, 4 layers, GQA 4, {n} tokens", f"keep_ratio {KEEP_RATIO}",
+    report("speed", "decode", f"{CASE}, {n} tokens", "zipvl",
            dense=(times["dense"] * 1e3, "ms"), zipvl=(times["zipvl"] * 1e3, "ms"), speedup=(speedup, "x"),
            kv_bytes_kept=(bytes_kept["zipvl"] / bytes_kept["dense"], "fraction of dense"))  # fmt: skip
+
+
+@pytest.mark.benchmark(group="generate")
+@pytest.mark.parametrize("n", LENGTHS[2:4])
+def test_generate(benchmark, n):
+    """A prompt and 32 new tokens, end to end."""
+    torch._dynamo.reset()
+    models = {"dense": decoder(layers=LAYERS), "zipvl": decoder(layers=LAYERS)}
+    models["zipvl"].compile(backend="zipvl", options=OPTIONS)
+    models["dense"].compile(backend="inductor")
+    ids = prompt(n)
+    run = {
+        name: lambda model=model: model.generate(ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)
+        for name, model in models.items()
+    }
+    times = interleaved(run, rounds=5)
+    assert run["zipvl"]().shape == run["dense"]().shape
+    benchmark.pedantic(run["zipvl"], rounds=3)
+    report("speed", "generate 32 tokens", f"{CASE}, {n} tokens", "zipvl",
+           dense=(times["dense"] * 1e3, "ms"), zipvl=(times["zipvl"] * 1e3, "ms"),
+           speedup=(times["dense"] / times["zipvl"], "x"))  # fmt: skip
+
+
+@pytest.mark.benchmark(group="selection")
+@pytest.mark.parametrize("n", LENGTHS[1:])
+def test_cost_model_predicts_the_time_of_an_attention(benchmark, n):
+    """What the cost model says of one attention, dense and sparse, beside what it takes."""
+    q, k, v = (torch.randn(1, heads, n, 64) for heads in (8, 2, 2))
+    shape = AttentionShape(1, 8, 2, 64, 64, 128, 4)
+    taken = interleaved(
+        {
+            "dense": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+            "zipvl": lambda: sparse_prefill_attention(q, k, v, keep_ratio=KEEP_RATIO),
+        },
+        rounds=9,
+    )
+    benchmark.pedantic(sparse_prefill_attention, args=(q, k, v), kwargs={"keep_ratio": KEEP_RATIO}, rounds=3)
+    predicted = dict(zip(("dense", "zipvl"), seconds(shape, machine(q.device, q.dtype), n, KEEP_RATIO), strict=True))
+    for name in taken:
+        report("cost_model", "one attention", f"8 heads, 2 KV heads, head_dim 64, {n} tokens", name,
+               measured=(taken[name] * 1e3, "ms"), predicted=(predicted[name] * 1e3, "ms"),
+               predicted_over_measured=(predicted[name] / taken[name], "fraction"))  # fmt: skip

@@ -60,7 +60,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
             "score": lambda: token_scores(q, k),
             "select": lambda: select_tokens(*scores, keep_ratio=0.5),
             "gather": lambda: gather_tokens(k, positions),
-            "site": lambda: _whole(few_q, few_k, few_v),
+            "site": lambda: sparse_prefill_attention(few_q, few_k, few_v),
         },
         device,
     )
@@ -73,9 +73,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(attend, multiply, score, token, byte, max(times["site"] - known - times["attend few"] / 4, 0.0))
 
 
-def _whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def sparse_prefill_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep_ratio: float | None = None
+) -> torch.Tensor:
     """Run a sparse attention from scores to output."""
-    positions = select_tokens(*token_scores(q, k), tau=0.5)
+    positions = select_tokens(*token_scores(q, k), tau=0.5, keep_ratio=keep_ratio)
     return sparse_attention(q, gather_tokens(k, positions), gather_tokens(v, positions), positions)
 
 
