@@ -57,7 +57,7 @@ def _unsupported(tensors: tuple[torch.Tensor, ...]) -> str:
     if not (tensors[0].is_cuda or (interpreted() and tensors[0].device.type == "cpu")):
         return f"tensors on {tensors[0].device.type}"
     for x in tensors:
-        if x.is_floating_point() and x.dtype not in DTYPES:
+        if x.dtype not in DTYPES:
             return f"dtype {x.dtype}"
         if x.dim() == 4 and x.shape[3] > MAX_HEAD_DIM:
             return f"head_dim {x.shape[3]}, more than {MAX_HEAD_DIM}"

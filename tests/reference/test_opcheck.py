@@ -54,6 +54,15 @@ def test_select_tokens(rule, keep_recent):
     check(ops.select_tokens.default, scores, visible, *rule, keep_recent)
 
 
+def test_gather_kv():
+    _, k, v, positions, _ = tensors()
+    check(ops.gather_kv.default, k, v, positions, 0)
+
+
+def test_probe_positions():
+    check(ops.probe_positions.default, tensors()[1], 4, 3, 0)
+
+
 def test_token_positions():
     check(ops.token_positions.default, tensors()[1])
 
