@@ -14,11 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
+from unpruned import without_pruning
 
-from zipvl_compile import pipeline
 from zipvl_compile.machine import machine, sparse_prefill_attention
 from zipvl_compile.passes.cost_model import AttentionShape, seconds
-from zipvl_compile.passes.pass_report import PassReport
 
 LAYERS = 8
 LENGTHS = [512, 1024, 2048, 4096, 8192] if not torch.cuda.is_available() else [4096, 8192, 16384, 32768]
@@ -33,20 +32,6 @@ def attention_time(model, n: int, share: float = 1.0) -> float:
     q, k, v = torch.randn(3, *shape, device=model.device, dtype=model.dtype)
     run = {"attention": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
     return interleaved(run, rounds=7)["attention"] * config.num_hidden_layers
-
-
-@contextlib.contextmanager
-def without_pruning():
-    """Leave out the passes that narrow projections and demanded rows, for the graphs compiled inside."""
-    passes = (pipeline.demand_rows, pipeline.prune_projections)
-    applied = [one.apply for one in passes]
-    for one in passes:
-        one.apply = lambda graph: PassReport("left out")
-    try:
-        yield
-    finally:
-        for one, apply in zip(passes, applied, strict=True):
-            one.apply = apply
 
 
 def variants(n: int) -> dict:

@@ -20,6 +20,7 @@ import torch
 from families.family import REWRITTEN
 from tiny_models import FAMILIES, compiled, inputs, model
 from transformers import DynamicCache
+from unpruned import without_pruning
 
 from zipvl_compile.report import CompileReport, collect
 
@@ -44,6 +45,7 @@ class Result:
         kept: by cache layer, fraction of the prompt that it keeps at tau=0.9; None where it is not compacted.
         finite: whether all logits at tau=0.9 are finite.
         pruned: attention sites at tau=0.9 whose q, v or output projection is computed for kept tokens only.
+        pruning_exact: whether that changes no token and no logit.
         seconds: of the whole run.
     """
 
@@ -59,6 +61,7 @@ class Result:
     kept: list[float | None] = field(default_factory=list)
     finite: bool = True
     pruned: dict[str, int] = field(default_factory=dict)
+    pruning_exact: bool = True
     seconds: float = 0.0
 
     def save(self) -> None:
@@ -100,10 +103,23 @@ def run(family: str) -> Result:
         last = x
     if FAMILIES[family].generates:
         with collect() as reports:
-            note_compaction(result, generate(compiled(family, tau=TAU), last, output_logits=True))
+            out = generate(compiled(family, tau=TAU), last, output_logits=True)
+        note_compaction(result, out)
         result.pruned = dict(Counter(part for report in reports for one in report.pruned for part in one.parts))
+        if result.pruned:
+            torch._dynamo.reset()
+            with without_pruning():
+                result.pruning_exact = same_answer(out, generate(compiled(family, tau=TAU), last, output_logits=True))
     result.seconds = round(time.time() - start, 1)
     return result
+
+
+def same_answer(one: Any, other: Any) -> bool:
+    """Return whether two generations have equal tokens, and logits within 1e-4 of their size."""
+    pairs = zip(one.logits, other.logits, strict=True)
+    return torch.equal(one.sequences, other.sequences) and all(
+        torch.allclose(a, b, atol=1e-4 * float(b.abs().max()), rtol=0) for a, b in pairs
+    )
 
 
 def note_tokens(result: Result, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -138,6 +154,8 @@ def problems(result: Result) -> list[str]:
     found += [f"not expected to stay dense: {surprise}" for surprise in result.surprises]
     if not result.finite:
         found.append("logits at tau=0.9 are not finite")
+    if not result.pruning_exact:
+        found.append(f"pruned projections change the answer at tau={TAU}")
     wanted = Counter(expected)
     if result.rewritten != wanted.pop(REWRITTEN, 0):
         found.append(f"{result.rewritten} sites rewritten, {expected.count(REWRITTEN)} expected")
