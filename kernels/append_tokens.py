@@ -55,7 +55,7 @@ def _append_tokens(
     k, v = unit_stride(k), unit_stride(v)
     batch, heads, m, width = k.shape
     block = 1 if isinstance(m, int) and m == 1 else 16
-    launchable(_append_kernel)[((m + block - 1) // block, batch * heads)](
+    launchable(_append_kernel, keys)[((m + block - 1) // block, batch * heads)](
         keys, values, k, v, at, m, **strides(K=keys, V=values, k=k, v=v), D=width, DV=v.shape[3], HEADS=heads,
         BLOCK_M=block, BLOCK_D=triton.next_power_of_2(width), BLOCK_DV=triton.next_power_of_2(v.shape[3]), num_warps=1,
     )  # fmt: skip

@@ -185,7 +185,7 @@ def _decode_attention(
     partial = q.new_empty(batch * heads * m, MAX_SPLITS, width_v, dtype=torch.float32)
     tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
     out = _empty_output(q, values)
-    launchable(_decode_kernel)[(splits, batch * kv_heads, blocks)](
+    launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
         q, keys, values, positions, partial=partial, tops=tops, totals=totals, P=positions.shape[2], prompt=prompt,
         length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
         **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width, DV=width_v,
@@ -193,7 +193,7 @@ def _decode_attention(
         BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
         num_stages=tiles.pipelined(3),
     )  # fmt: skip
-    launchable(_join_kernel)[(batch * heads * m,)](
+    launchable(_join_kernel, q)[(batch * heads * m,)](
         partial, tops, totals, out, splits, m, **tiles.strides(o=out), DV=width_v,
         HEADS=heads, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
     )  # fmt: skip

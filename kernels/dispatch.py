@@ -6,6 +6,8 @@ Triton, which on a CPU needs Triton's interpreter (TRITON_INTERPRET=1 before the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +29,27 @@ def is_traced(x: torch.Tensor) -> bool:
     return type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
-def launchable(kernel: Any) -> Any:
-    """Return `kernel` in the form that Inductor can compile with the graph around it."""
-    return kernel if interpreted() else torch.library.wrap_triton(kernel)
+def launchable(kernel: Any, x: torch.Tensor) -> Any:
+    """Return `kernel` so that `[grid](...)` launches it on the device of `x`, or puts it into the graph being traced.
+
+    Triton itself launches on the current device, which is another one where a model is spread over several GPUs.
+    """
+    if is_traced(x):
+        return torch.library.wrap_triton(kernel)
+    return _OnDevice(kernel, x.device) if x.is_cuda else kernel
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    kernel: Any
+    device: torch.device
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device(self.device):
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
 
 
 def use_triton(operator: str, use: str, *tensors: torch.Tensor) -> bool:

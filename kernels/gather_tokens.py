@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels.checks import check_positions, fail, per_head
-from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.dispatch import launchable, use_triton
 from zipvl_compile.kernels.tiles import unit_stride
 
 ROWS = 32  # tokens that one program copies
@@ -82,7 +82,7 @@ def _gather_triton(
     batch, heads, n, width = k.shape
     p = positions.shape[2]
     of_v, width_v = (k, 0) if v is None else (v, v.shape[3])
-    _gather_kernel[(triton.cdiv(p, ROWS), batch * heads)](
+    launchable(_gather_kernel, k)[(triton.cdiv(p, ROWS), batch * heads)](
         k, of_v, keys, keys if values is None else values, positions, *k.stride()[:3], *of_v.stride()[:3],
         n, p, keys.shape[2], width, width_v,
         HEADS=heads, GROUPS=positions.shape[1], BLOCK_D=triton.next_power_of_2(width),

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels.checks import fail
-from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.dispatch import launchable, use_triton
 
 FIXED = float(2**40)
 MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit
@@ -162,14 +162,16 @@ def _fewest_tokens_triton(accumulated: torch.Tensor, tau: float) -> torch.Tensor
     out = torch.empty(accumulated.shape[:2], dtype=torch.int32, device=accumulated.device)
     n = accumulated.shape[2]
     (tau_bits,) = struct.unpack("<q", struct.pack("<d", tau))  # Triton would pass a float as fp32
-    _fewest_tokens_kernel[(out.numel(),)](accumulated.contiguous(), out, n, tau_bits, FIXED=FIXED, **_tiling(n))
+    launchable(_fewest_tokens_kernel, accumulated)[(out.numel(),)](
+        accumulated.contiguous(), out, n, tau_bits, FIXED=FIXED, **_tiling(n)
+    )
     return out
 
 
 def _best_tokens_triton(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int) -> torch.Tensor:
     batch, groups, n = accumulated.shape
     out = torch.empty(batch, groups, p, dtype=torch.int64, device=accumulated.device)
-    _best_tokens_kernel[(batch * groups,)](
+    launchable(_best_tokens_kernel, accumulated)[(batch * groups,)](
         accumulated.contiguous(), visible.contiguous(), out, n, p, keep_recent, GROUPS=groups, **_tiling(n)
     )
     return out

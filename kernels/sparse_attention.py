@@ -24,7 +24,7 @@ import triton.language as tl
 from zipvl_compile.kernels import fastest, tiles
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.dense_attention import dense_attention
-from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.dispatch import launchable, use_triton
 from zipvl_compile.kernels.masks import causal, take, visible
 from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
 
@@ -210,7 +210,7 @@ def _attend_triton(
     if every_query and is_causal:  # how many kept tokens stand at or before the last query of each block
         ends = torch.arange(1, blocks + 1, device=q.device) * block_m - 1
         limits = torch.searchsorted(positions, ends.expand(*positions.shape[:2], -1).contiguous(), right=True)
-    _sparse_attention_kernel[(blocks, batch * heads)](
+    launchable(_sparse_attention_kernel, q)[(blocks, batch * heads)](
         q, k, v, out, positions, limits, n=n, M=m if every_query else p, P=p,
         scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
         **tiles.strides(q=q, k=k, v=v, o=out),

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.dense_attention import soft_capped
-from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.dispatch import launchable, use_triton
 from zipvl_compile.kernels.masks import causal, visible
 from zipvl_compile.kernels.probe_rows import cached_probe_rows
 from zipvl_compile.kernels.tiles import capped, dot, head_blocks, mask_arguments, masked, strides, unit_stride
@@ -212,8 +212,10 @@ def _scores_triton(
         "SPLITS": MAX_SPLITS, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     common |= {"q": q, "k": k, "rows": rows, "maxima": statistics[0], "sums": statistics[1]}
-    _row_statistics_kernel[(blocks, batch * kv_heads, used)](**common, part=part)
-    _column_sums_kernel[(triton.cdiv(n, block_n), batch * kv_heads)](**common, used=used, out=weights, seen=seen)
+    launchable(_row_statistics_kernel, q)[(blocks, batch * kv_heads, used)](**common, part=part)
+    launchable(_column_sums_kernel, q)[(triton.cdiv(n, block_n), batch * kv_heads)](
+        **common, used=used, out=weights, seen=seen
+    )
     if mask is not None and mask.shape[1] > 1:  # a row counts once if any head lets it see the token
         seen = _seen(mask, rows, is_causal, n).sum(1, dtype=torch.float32).expand(batch, -1).contiguous()
     per_group = query_heads // groups
@@ -222,10 +224,8 @@ def _scores_triton(
 
 def _seen(mask: torch.Tensor, rows: torch.Tensor, is_causal: bool, n: int) -> torch.Tensor:
     """Return which tokens each probe row may see through any head: bool `[B or 1, m, n]`."""
-    shown = visible(mask.index_select(2, rows) if mask.shape[2] > 1 else mask.expand(-1, -1, rows.numel(), -1))
-    if is_causal:
-        shown = shown & causal(rows, torch.arange(n, device=rows.device))
-    return shown.any(1)
+    shown = visible(mask.index_select(2, rows) if mask.shape[2] > 1 else mask.expand(-1, -1, rows.numel(), -1)).any(1)
+    return shown & causal(rows, torch.arange(n, device=rows.device)) if is_causal else shown
 
 
 @torch.library.custom_op("zipvl::token_scores", mutates_args=())

@@ -39,5 +39,30 @@ def test_what_no_kernel_can_do_is_refused_by_name(monkeypatch, name):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="use: expected \"auto\", \"triton\" or \"torch\", got 'cuda'"):
+    with pytest.raises(ValueError, match='use: expected "auto", "triton" or "torch", got \'cuda\''):
         use_triton("gather_tokens", "cuda", X)
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    entered, launched = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((grid, args, kwargs, list(entered)))
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    second = torch.device("cuda", 1)
+    dispatch._OnDevice(Kernel(), second)[(2, 3)](X, BLOCK=4)
+    assert launched == [((2, 3), (X,), {"BLOCK": 4}, [second])] and not entered
+    kernel = Kernel()
+    assert dispatch.launchable(kernel, X) is kernel, "on a CPU there is no device to enter"
