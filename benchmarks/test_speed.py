@@ -46,14 +46,14 @@ BACKENDS = {
 }
 
 
-def variants(n: int, *names: str) -> dict:
+def variants(n: int, *names: str, dynamic: bool | None = False) -> dict:
     """Return compiled models by name, each after one prompt of `n` tokens; "eager" is not compiled."""
     torch._dynamo.reset()
     made = {}
     for name in names:
         made[name] = decoder(layers=LAYERS)
         if name in BACKENDS:
-            made[name].compile(**BACKENDS[name], dynamic=False)
+            made[name].compile(**BACKENDS[name], dynamic=dynamic)
         with without_pruning() if name == "unpruned" else contextlib.nullcontext():
             prefill(made[name], prompt(n))
     return made
@@ -92,7 +92,7 @@ def test_prefill(benchmark, n):
 @pytest.mark.benchmark(group="decode")
 @pytest.mark.parametrize("n", LENGTHS[2:])
 def test_decode(benchmark, n):
-    models, ids, token = variants(n, "dense", "zipvl", "check"), prompt(n), prompt(1)
+    models, ids, token = variants(n, "dense", "zipvl", "check", dynamic=None), prompt(n), prompt(1)
     caches = {name: prefill(model, ids).past_key_values for name, model in models.items()}
     step = {
         name: lambda model=model, name=name: model(input_ids=token, past_key_values=caches[name])
