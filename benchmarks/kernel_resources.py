@@ -96,14 +96,15 @@ def cases() -> dict[str, Callable[[], object]]:
                 n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), use="triton"
             ),
         }
-        for tiling in _attend.tilings(q, v):
+        for tiling in _attend.tilings(q, v, masked=False):
             made[f"{name}, causal, {tiling}"] = attend(q, None, True, False, tiling)
-        best = _attend.tilings(q, v)[0]
+        for tiling in _attend.tilings(q, v, masked=True):
+            made[f"{name}, causal + padding row, {tiling}"] = attend(q, row, True, False, tiling)
+            made[f"{name}, additive mask, {tiling}"] = attend(q, full, False, False, tiling)
+        best = _attend.tilings(q, v, masked=False)[0]
         made[f"{name}, causal, kept queries only"] = attend(q[:, :, :256].contiguous(), None, True, False, best)
         made[f"{name}, causal, all queries"] = attend(q, None, True, True, best)
-        made[f"{name}, causal + padding row"] = attend(q, row, True, False, best)
-        made[f"{name}, additive mask"] = attend(q, full, False, False, best)
-    for n in (1024, 16384, 32768):
+    for n in (1024, 8192, 32768):
         scores, seen = torch.rand(1, 1, n), torch.ones(1, n)
         made[f"{n} tokens"] = lambda s=scores, v=seen: _select.select_tokens(s, v, tau=0.5, use="triton")
         made[f"{n} tokens, ratio"] = lambda s=scores, v=seen: _select.select_tokens(s, v, keep_ratio=0.5, use="triton")

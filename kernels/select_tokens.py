@@ -26,7 +26,7 @@ from zipvl_compile.kernels.checks import fail
 from zipvl_compile.kernels.dispatch import launchable, use_triton
 
 FIXED = float(2**40)
-MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit
+MAX_BLOCK = 8192  # scores that one program holds in registers; longer prompts are read again for every bit
 
 
 def kept_count(n, keep_ratio: float, keep_recent: int):
@@ -155,7 +155,7 @@ def _best_tokens_kernel(
 
 def _tiling(n: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(n), MAX_BLOCK)
-    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 1024, 1), 16)}
+    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def _fewest_tokens_triton(accumulated: torch.Tensor, tau: float) -> torch.Tensor:

@@ -7,8 +7,7 @@ T is ascending, so a causal mask over kept tokens is again a plain causal mask a
 over p tokens. With `all_queries`, every query attends to the kept keys that it may see.
 
 The Triton kernel reads queries and writes results through T, and writes the zeros of the other rows in the same pass.
-The alternative gathers the queries and hands dense tensors to PyTorch, whose vendor kernels are hard to beat where the
-shape suits them; `use="auto"` measures both once per kind of shape.
+The alternative gathers the queries and hands dense tensors to PyTorch; `use="auto"` measures both per kind of shape.
 
 Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 """
@@ -181,19 +180,20 @@ def _sparse_attention_kernel(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :])
 
 
-def tilings(q: torch.Tensor, v: torch.Tensor) -> list[tuple[int, int, int, int]]:
+def tilings(q: torch.Tensor, v: torch.Tensor, masked: bool) -> list[tuple[int, int, int, int]]:
     """Return the tilings worth trying, best guess first: queries and keys of a tile, warps, stages.
 
-    A stage holds a tile of keys and one of values in shared memory: 32 KiB for 64 keys of 128 elements in bf16.
+    docs/kernels.md shows that these fit: a mask takes registers, and fp32 is multiplied without tensor cores.
     """
-    width = max(tiles.head_blocks(q.shape[3]), tiles.head_blocks(v.shape[3])) * q.element_size()  # bytes of a row
+    width = max(tiles.head_blocks(q.shape[3]), tiles.head_blocks(v.shape[3]))
+    if q.dtype == torch.float32:
+        return [(64, 32, 4, 2)] if width <= 64 else [(32, 16, 4, 2)] if width <= 128 else [(16, 16, 4, 1)]
+    if width <= 64:
+        return [(128, 32, 4, 3), (64, 32, 4, 3)] if masked else [(128, 64, 4, 3), (128, 128, 8, 3)]
     if width <= 128:
-        return [(128, 64, 4, 3), (128, 128, 8, 3)]
-    if width <= 256:  # the larger tile does not fit into the 64 KiB of CDNA3
-        return [(128, 64, 8, 3)] if torch.version.hip else [(128, 64, 8, 3), (128, 128, 8, 2)]
-    if width <= 512:
-        return [(64, 32, 4, 2), (128, 32, 8, 2)]
-    return [(32, 16, 4, 1)]
+        large = [] if torch.version.hip else [(128, 128, 8, 2)]  # more than the 64 KiB of CDNA3
+        return [(128, 32, 8, 3), (64, 32, 4, 3)] if masked else [(128, 64, 8, 3), *large]
+    return [(64, 32, 8, 2)] if masked else [(64, 32, 4, 2), (128, 32, 8, 2)]
 
 
 def _attend_triton(
@@ -247,7 +247,8 @@ def _sparse_attention(
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n, out)
     if not use_triton("sparse_attention", use, q, k, v):
         return _attend_torch(*arguments)
-    by_tiling = {f"triton {t}": functools.partial(_attend_triton, *arguments, t) for t in tilings(q, v)}
+    tried = tilings(q, v, masked=mask is not None)
+    by_tiling = {f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tried}
     if use == "triton":
         return next(iter(by_tiling.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)

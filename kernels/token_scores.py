@@ -4,10 +4,9 @@
     accumulated[b,g,j] = mean_{h in g} sum_{i in R} A[b,h,i,j]                 sums to the valid probe rows
     visible[b,j]       = number of rows in R that may see token j              (nnz in the paper)
 
-`cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one.
-
-R is the `recent` newest rows and `random` rows drawn, seeded, from the others. `accumulated / visible` is the
-normalised score, which does not favour old tokens only because more rows can see them.
+`cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one. R is the `recent` newest rows
+and `random` rows drawn, seeded, from the others. `accumulated / visible` is the normalised score, which does not favour
+old tokens only because more rows can see them.
 
 On a GPU two kernels make two passes over the keys: softmax statistics of every probe row, then column sums. No score is
 ever in memory, and the query heads of one KV head share the keys that they read.
@@ -195,8 +194,10 @@ def _scores_triton(
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
     factor, m = query_heads // kv_heads, rows.numel()
     block_d = head_blocks(width)
-    wide = block_d * q.element_size() > 256  # a tile of 64 keys or probes is more than 16 KiB
-    block_m, block_n = (32, 32) if block_d * q.element_size() > 512 else (64, 64 if wide else 128)
+    row_bytes = block_d * q.element_size()
+    block_m, block_n = (64, 128) if row_bytes <= 128 else (64, 64)
+    if q.dtype == torch.float32 and block_d >= 128:  # multiplied without tensor cores, from registers
+        block_m, block_n = (32, 16) if block_d == 128 else (16, 16)
     blocks = triton.cdiv(factor * m, block_m)
     splits = min(max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
     part = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
