@@ -63,8 +63,11 @@ def test_version():
 
 
 def test_explain_lists_every_layer(folder, picture):
-    result = run("explain", folder, "--image", picture, "--prompt", "read all digits :", "--option", "min_tokens=0")
+    words = ("--image", picture, "--prompt", "read all digits :", "--option", "min_tokens=0", "--cost")
+    result = run("explain", folder, *words)
     assert result.exit_code == 0, result.output
+    flat = " ".join(result.output.split())  # the terminal wraps lines
+    assert flat.count("this prompt: dense") == LAYERS and "tokens at" in flat, "what --cost adds"
     assert f"{2 * LAYERS} attention sites rewritten, 1 dense; prompt of 261 tokens" in result.output
     assert result.output.count("rewritten") == 1 + 2 * LAYERS
 
