@@ -28,39 +28,37 @@ def size(x: Node, axis: int, before: Node) -> Any:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Rows `index`, int64 `[m]`, of every sample."""
+class _Rows:
+    """Rows `index`; what was taken further up the graph is not taken again."""
 
     index: Node
     count: Any
     taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
 
     def take(self, x: Node, axes: Axes, before: Node) -> Node:
-        """Return the rows of `x`, inserted before a node; what was taken further up is not taken again."""
+        """Return the rows of `x`, inserted before a node."""
         key = x, axes
         if key not in self.taken or before < self.taken[key]:
-            self.taken[key] = insert_call(before, torch.index_select, (x, axes.token, self.index))
+            self.taken[key] = self._take(x, axes, before)
         return self.taken[key]
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        raise NotImplementedError
+
+
+class Shared(_Rows):
+    """Rows `index`, int64 `[m]`, of every sample."""
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        return insert_call(before, torch.index_select, (x, axes.token, self.index))
 
     def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         """Return `base` with `rows` in their places."""
         return insert_call(before, torch.index_copy, (base, axes.token, self.index, rows))
 
 
-@dataclass(frozen=True)
-class OfEachSample:
-    """Rows `index`, int64 `[B, P]`, of each sample its own."""
-
-    index: Node
-    count: Any
-    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
-
-    def take(self, x: Node, axes: Axes, before: Node) -> Node:
-        """Return the rows of `x`, inserted before a node; a tensor that all samples share gets an axis of samples."""
-        key = x, axes
-        if key not in self.taken or before < self.taken[key]:
-            self.taken[key] = self._take(x, axes, before)
-        return self.taken[key]
+class OfEachSample(_Rows):
+    """Rows `index`, int64 `[B, P]`, of each sample its own; a tensor that all samples share gets an axis of samples."""
 
     def _take(self, x: Node, axes: Axes, before: Node) -> Node:
         assert axes.batch is not None
