@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.checks import check_positions, fail, per_head
+from zipvl_compile.kernels.checks import check_positions, fail
 from zipvl_compile.kernels.dispatch import launchable, use_triton
 from zipvl_compile.kernels.tiles import unit_stride
+from zipvl_compile.kernels.token_copies import take_rows
 
 ROWS = 32  # tokens that one program copies
 
@@ -35,12 +36,6 @@ def _(k):
 def token_positions(k: torch.Tensor) -> torch.Tensor:
     """Return the positions of every token of `k [B, Hkv, n, D]`: int64 `[B, 1, n]`, 0 to n - 1."""
     return torch.ops.zipvl.token_positions(k)
-
-
-def _gather_torch(x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-    _, heads, _, width = x.shape
-    index = per_head(positions, heads).unsqueeze(3).expand(-1, -1, -1, width)  # [B, H, P, D]
-    torch.gather(x, 2, index, out=out[:, :, : positions.shape[2]])
 
 
 @triton.jit
@@ -97,7 +92,7 @@ def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: st
     if out.numel() and use_triton("gather_tokens", use, x):
         _gather_triton(x, None, positions, out, None)
     else:
-        _gather_torch(x, positions, out)
+        take_rows(x, positions, out[:, :, : positions.shape[2]])
     return out
 
 
@@ -113,8 +108,8 @@ def _gather_kv(
     if keys.numel() and values.numel() and use_triton("gather_kv", use, k, v):
         _gather_triton(k, v, positions, keys, values)
     else:
-        _gather_torch(k, positions, keys)
-        _gather_torch(v, positions, values)
+        take_rows(k, positions, keys[:, :, : positions.shape[2]])
+        take_rows(v, positions, values[:, :, : positions.shape[2]])
     return keys, values
 
 

@@ -24,6 +24,34 @@ def causal(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return columns.unsqueeze(-2) <= rows.unsqueeze(-1)
 
 
+def seen(mask: torch.Tensor, rows: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    """Return which keys the query positions `rows [m]` see: bool `[B or 1, H or 1, m, n]`.
+
+    Args:
+        mask: of these queries, or one for all of them, over the first n keys: `[B or 1, H or 1, m or 1, n]`.
+        rows: int64 `[m]`.
+        is_causal: hide later keys, in addition to `mask`.
+    """
+    shown = visible(mask).expand(-1, -1, rows.numel(), -1)
+    return shown & causal(rows, torch.arange(mask.shape[3], device=rows.device)) if is_causal else shown
+
+
+def rows_that_see(
+    mask: torch.Tensor | None, rows: torch.Tensor, is_causal: bool, batch: int, n: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return how many of the query positions `rows [m]`, ascending, see each of n keys: `[B, n]` of `dtype`.
+
+    `mask` is over the whole prompt. A row counts once if any head lets it see the key.
+    """
+    if mask is not None:
+        count = seen(mask if mask.shape[2] == 1 else mask.index_select(2, rows), rows, is_causal).any(1).sum(1)
+    elif is_causal:
+        count = rows.numel() - torch.searchsorted(rows, torch.arange(n, device=rows.device))[None]
+    else:
+        count = torch.full((1, n), rows.numel(), device=rows.device)
+    return count.to(dtype).expand(batch, -1).contiguous()
+
+
 def take(mask: torch.Tensor, batch: int, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
     """Gather mask rows and columns by positions.
 

@@ -26,6 +26,7 @@ from zipvl_compile.kernels.dense_attention import dense_attention
 from zipvl_compile.kernels.dispatch import launchable, use_triton
 from zipvl_compile.kernels.masks import causal, take, visible
 from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
+from zipvl_compile.kernels.token_copies import put_rows, take_rows
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
 
@@ -53,8 +54,7 @@ def _attend_torch(
             out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
         return out
 
-    index = where.expand(-1, heads, -1).unsqueeze(3)  # [B, Hq, P, 1]
-    kept_q = q if m == p else q.gather(2, index.expand(-1, -1, -1, q.shape[3]))  # [B, Hq, P, D]
+    kept_q = q if m == p else take_rows(q, positions, q.new_empty(batch, heads, p, q.shape[3]))
     bias = mask
     if mask is not None and p < mask.shape[3]:
         bias = take(mask, batch, where, where)
@@ -63,8 +63,7 @@ def _attend_torch(
     kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
     if m == p:
         return out.copy_(kept)
-    out.zero_()
-    return out.scatter_(2, index.expand(-1, -1, -1, v.shape[3]), kept)
+    return put_rows(kept, positions, out.zero_())
 
 
 def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ Source: ZipVL (arXiv 2410.08584), probe tokens and accumulated / normalised atte
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,57 +25,59 @@ import triton.language as tl
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.dense_attention import soft_capped
 from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.masks import causal, visible
+from zipvl_compile.kernels.masks import causal, rows_that_see, seen
 from zipvl_compile.kernels.probe_rows import cached_probe_rows
 from zipvl_compile.kernels.tiles import capped, dot, head_blocks, mask_arguments, masked, strides, unit_stride
 
 MAX_SPLITS = 16  # parts of the keys that pass 1 reads in parallel
 PROGRAMS = 1024  # enough to fill a large GPU several times
+BLOCK_SCORES = 1 << 19  # scores that PyTorch computes at a time, 2 MiB
 
 
 def _scores_torch(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
     rows: torch.Tensor, groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    (batch, query_heads, given, _), (_, kv_heads, n, _) = q.shape, k.shape
+    (batch, query_heads, given, _), (_, kv_heads, n, _), m = q.shape, k.shape, rows.numel()
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
-    seen = torch.zeros(batch, n, dtype=dtype, device=q.device)
-    if given == n:
-        q = q.index_select(2, rows)  # [B, Hq, m, D]
-    columns = torch.arange(n, device=q.device)
-    may_see = causal(rows, columns)[None, None] if is_causal else None  # [1, 1, m, n]
-    bias = None
-    if mask is not None:
-        several = mask.shape[2] > 1
-        mask = mask.index_select(2, rows) if several else mask.expand(-1, -1, rows.numel(), -1)
-        shown = visible(mask)
-        may_see = shown if may_see is None else shown & may_see
-        bias = mask.to(dtype) if mask.is_floating_point() else None
-    if may_see is None:
-        seen += rows.numel()
-    else:
-        # With a mask per head, a row counts once if any head lets it see the token.
-        seen += may_see.any(1).sum(1).to(dtype)
-
+    limits = rows.tolist()
+    rows, columns = rows.to(q.device), torch.arange(n, device=q.device)
+    probes = (q.index_select(2, rows) if given == n else q).to(dtype) * scale  # [B, Hq, m, D]
     factor = query_heads // kv_heads
-    per_group = query_heads // groups  # heads that one group averages
-    for head in range(kv_heads):  # one KV head at a time: bounded memory, K is read once
-        heads = slice(head * factor, (head + 1) * factor)
-        probes = q[:, heads].to(dtype) * scale  # [B, factor, m, D]
-        scores = probes @ k[:, head, None].to(dtype).transpose(-1, -2)  # [B, factor, m, n]
-        scores = soft_capped(scores, softcap)
-        if bias is not None:
-            scores += bias if bias.shape[1] == 1 else bias[:, heads]
-        if may_see is not None:
-            shown = may_see if may_see.shape[1] == 1 else may_see[:, heads]
-            scores.masked_fill_(~shown, float("-inf"))
-            # A row that sees nothing is padding: it gives no score and does not count.
-            weights = torch.softmax(scores, -1).masked_fill_(~shown.any(-1, keepdim=True), 0.0)
-        else:
-            weights = torch.softmax(scores, -1)
-        accumulated[:, head * groups // kv_heads] += weights.sum((1, 2)) / per_group
-    return accumulated, seen
+    # A block of rows whose scores stay in the L2 cache from the product to the sums.
+    step = max(BLOCK_SCORES // (factor * n), 4)
+    space = probes.new_empty(min(step, m) * factor * n)
+    for start in range(0, m, step):
+        block = slice(start, min(start + step, m))
+        at = rows[block]
+        # Causality hides what comes after a block's last row from all of it, and nothing up to its first row.
+        first, end = (limits[start] + 1, limits[block][-1] + 1) if is_causal else (n, n)
+        hidden = ~causal(at, columns[first:end])
+        if mask is not None:
+            part = (mask if mask.shape[2] == 1 else mask.index_select(2, at))[..., :end].expand(batch, -1, -1, -1)
+            may_see = seen(part, at, is_causal)  # [B, H or 1, rows, end]
+        for b, head in itertools.product(range(batch), range(kv_heads)):
+            heads = slice(head * factor, (head + 1) * factor)
+            packed = probes[b, heads, block].flatten(0, 1)  # [factor * rows, D]
+            scores = space[: packed.shape[0] * end].view(-1, end)
+            torch.mm(packed, k[b, head, :end].to(dtype).t(), out=scores)
+            scores = scores.view(factor, -1, end)
+            if softcap is not None:
+                scores.copy_(soft_capped(scores, softcap))
+            if mask is None:
+                scores[..., first:].masked_fill_(hidden, float("-inf"))
+                torch.softmax(scores, -1, out=scores)
+            else:
+                own = slice(None) if mask.shape[1] == 1 else heads
+                if part.is_floating_point():
+                    scores += part[b, own]
+                scores.masked_fill_(~may_see[b, own], float("-inf"))
+                torch.softmax(scores, -1, out=scores)
+                # A row that sees nothing is padding: it gives no score and does not count.
+                scores.masked_fill_(~may_see[b, own].any(-1, keepdim=True), 0.0)
+            accumulated[b, head * groups // kv_heads, :end] += scores.view(-1, end).sum(0)
+    return accumulated / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, dtype)
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def _scores_triton(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
     rows: torch.Tensor, groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    q, k = unit_stride(q), unit_stride(k)
+    q, k, rows = unit_stride(q), unit_stride(k), rows.to(q.device)
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
     factor, m = query_heads // kv_heads, rows.numel()
     block_d = head_blocks(width)
@@ -217,16 +221,10 @@ def _scores_triton(
     launchable(_column_sums_kernel, q)[(triton.cdiv(n, block_n), batch * kv_heads)](
         **common, used=used, out=weights, seen=seen
     )
-    if mask is not None and mask.shape[1] > 1:  # a row counts once if any head lets it see the token
-        seen = _seen(mask, rows, is_causal, n).sum(1, dtype=torch.float32).expand(batch, -1).contiguous()
+    if mask is not None and mask.shape[1] > 1:  # the kernel counts for the first head
+        seen = rows_that_see(mask, rows, is_causal, batch, n, torch.float32)
     per_group = query_heads // groups
     return weights.view(batch, groups, kv_heads // groups, n).sum(2) / per_group, seen
-
-
-def _seen(mask: torch.Tensor, rows: torch.Tensor, is_causal: bool, n: int) -> torch.Tensor:
-    """Return which tokens each probe row may see through any head: bool `[B or 1, m, n]`."""
-    shown = visible(mask.index_select(2, rows) if mask.shape[2] > 1 else mask.expand(-1, -1, rows.numel(), -1)).any(1)
-    return shown & causal(rows, torch.arange(n, device=rows.device)) if is_causal else shown
 
 
 @torch.library.custom_op("zipvl::token_scores", mutates_args=())
@@ -250,7 +248,6 @@ def _token_scores(
     if batch == 0 or n == 0:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_zeros(batch, groups, n, dtype=dtype), q.new_zeros(batch, n, dtype=dtype)
-    rows = rows.to(q.device)
     run = _scores_triton if use_triton("token_scores", use, q, k) else _scores_torch
     return run(q, k, mask, is_causal, scale, softcap, rows, groups)
 
