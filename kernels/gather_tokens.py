@@ -3,8 +3,9 @@
     out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  the `spare` rows after that are unwritten
 
 The copy is what frees memory: nothing of the full-length tensor stays alive.
-`with_room` copies values that were computed for the kept tokens only.
-`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place.
+`with_room` copies what was computed for the kept tokens only, and all of them where a layer keeps every token.
+`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place. Both are made of
+PyTorch's own operations when a graph is compiled, so that Inductor fuses them with what comes before.
 
 Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
 """
@@ -23,14 +24,12 @@ from zipvl_compile.kernels.token_copies import take_rows
 ROWS = 32  # tokens that one program copies
 
 
-@torch.library.custom_op("zipvl::token_positions", mutates_args=())
+torch.library.define("zipvl::token_positions", "(Tensor k) -> Tensor")
+
+
+@torch.library.impl("zipvl::token_positions", "CompositeImplicitAutograd")
 def _token_positions(k: torch.Tensor) -> torch.Tensor:
     return torch.arange(k.shape[2], device=k.device).repeat(k.shape[0], 1, 1)
-
-
-@_token_positions.register_fake
-def _(k):
-    return k.new_empty(k.shape[0], 1, k.shape[2], dtype=torch.int64)
 
 
 def token_positions(k: torch.Tensor) -> torch.Tensor:
@@ -158,20 +157,14 @@ def gather_kv(
     return torch.ops.zipvl.gather_kv(k, v, positions, spare, use)
 
 
-@torch.library.custom_op("zipvl::with_room", mutates_args=())
+torch.library.define("zipvl::with_room", "(Tensor x, SymInt spare) -> Tensor")
+
+
+@torch.library.impl("zipvl::with_room", "CompositeImplicitAutograd")
 def _with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
     if x.dim() != 4:
         fail("with_room", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
-    batch, heads, p, width = x.shape
-    out = x.new_empty(batch, heads, p + spare, width)
-    out[:, :, :p] = x
-    return out
-
-
-@_with_room.register_fake
-def _(x, spare):
-    batch, heads, p, width = x.shape
-    return x.new_empty(batch, heads, p + spare, width)
+    return torch.cat([x, x.new_zeros(x.shape[0], x.shape[1], spare, x.shape[3])], 2)
 
 
 def with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
@@ -179,10 +172,10 @@ def with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
 
     Args:
         x: `[B, H, P, D]`.
-        spare: unwritten rows after the kept ones, in tokens.
+        spare: rows of zeros after the kept ones, in tokens.
 
     Returns:
-        `[B, H, P + spare, D]`, same dtype; rows from `P` on hold undefined values.
+        `[B, H, P + spare, D]`, same dtype.
 
     Raises:
         ValueError: x of another rank.

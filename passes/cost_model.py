@@ -1,12 +1,13 @@
 """What prefill attention costs dense and sparse, as formulas in the prompt length, and from which length sparse pays.
 
-    dense  = attend B Hq n^2 (D + Dv) / 2
+    dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2
     sparse = site + B [ (score + multiply D) Hq m n  +  token n                      scores, selection
                         + byte (Hkv (D + Dv) + 2 Hq D + Hq Dv) p  +  byte Hq Dv n    gathers of K, V, Q; rows put back
-                        + attend Hq p^2 (D + Dv) / 2 ]                               attention among kept tokens
+                        + Hq (D + Dv) (attend p^2 + edge p) / 2 ]                    attention among kept tokens
 
-with p = r n kept tokens (n p instead of p^2 where every query attends) and m probe rows; the lower-case words are
-seconds per unit, measured on the machine at hand. Projections that `prune_projections` narrows only add to the gain;
+with p = r n kept tokens (n p instead of p^2, and n instead of the p beside `edge`, where every query attends) and m
+probe rows; the lower-case words are seconds per unit, measured on the machine at hand. `edge` is what a blocked kernel
+computes on the causal diagonal and throws away. Projections that `prune_projections` narrows only add to the gain;
 they are left out, since it may find nothing to prune.
 
 A break-even length is the largest root of dense - sparse, a quadratic in n. It becomes a guard of the compiled graph.
@@ -23,14 +24,16 @@ import sympy
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
 every = sympy.symbols("every", nonnegative=True)  # 1 where every query attends, else 0
-attend, multiply, score, token, byte, site = sympy.symbols("attend multiply score token byte site", nonnegative=True)
+attend, edge, multiply, score, token, byte, site = sympy.symbols(
+    "attend edge multiply score token byte site", nonnegative=True
+)
 
-DENSE = attend * B * Hq * n**2 * (D + Dv) / 2
+DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n)
 SPARSE = site + B * (
     (score + multiply * D) * Hq * m * n
     + token * n
     + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
-    + attend * Hq * n**2 * r ** (2 - every) * (D + Dv) / 2
+    + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
 )
 NEVER = 1 << 62  # tokens
 
@@ -64,6 +67,7 @@ class Machine:
 
     Attributes:
         attend: of one multiply-add inside dense attention.
+        edge: of dense attention besides that, per query and element of head_dim.
         multiply: of one multiply-add of the probe rows' scores.
         score: of one probe score besides that: softmax and sums.
         token: of selecting among the scores, per prompt token.
@@ -72,6 +76,7 @@ class Machine:
     """
 
     attend: float
+    edge: float
     multiply: float
     score: float
     token: float
@@ -80,7 +85,7 @@ class Machine:
 
 
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
-    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, multiply, score, token, byte, site)
+    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, edge, multiply, score, token, byte, site)
     return dict(zip(symbols, map(float, (*astuple(shape), *astuple(machine))), strict=True))
 
 

@@ -16,7 +16,7 @@ from zipvl_compile.report import collect
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
-SLOW_SITE = Machine(attend=4e-11, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
+SLOW_SITE = Machine(attend=4e-11, edge=2e-9, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
 
 
 @pytest.fixture(autouse=True)

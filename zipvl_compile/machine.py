@@ -20,7 +20,7 @@ from zipvl_compile.kernels.token_scores import token_scores
 from zipvl_compile.passes.cost_model import Machine
 
 _HEADS, _WIDTH, _PROBES = 8, 64, 128
-_SMALL, _LARGE = {"cpu": (128, 1024)}, (512, 8192)  # prompt lengths that are measured (tokens)
+_SMALL, _LARGE = {"cpu": (128, 2048)}, (512, 8192)  # prompt lengths that are measured (tokens)
 _ROUNDS = 7
 
 
@@ -52,9 +52,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     attention = torch.nn.functional.scaled_dot_product_attention
     probes, width = draw(_HEADS, _PROBES, _WIDTH).float(), k[0].float().transpose(1, 2).contiguous()
     few_q, few_k, few_v = (x[:, :, :small].contiguous() for x in (q, k, v))
+    half = [x[:, :, : large // 2].contiguous() for x in (q, k, v)]
     times = _medians(
         {
             "attend": lambda: attention(q, k, v, is_causal=True),
+            "attend half": lambda: attention(*half, is_causal=True),
             "attend few": lambda: attention(few_q, few_k, few_v, is_causal=True),
             "multiply": lambda: probes @ width,
             "score": lambda: token_scores(q, k),
@@ -64,13 +66,16 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
         },
         device,
     )
-    attend = times["attend"] / (_HEADS * large**2 * _WIDTH)
+    # attend n^2 + edge n, through the times at two lengths
+    quadratic = min(max(2 * times["attend"] - 4 * times["attend half"], 0.5 * times["attend"]), times["attend"])
+    attend = quadratic / (_HEADS * large**2 * _WIDTH)
+    edge = (times["attend"] - quadratic) / (_HEADS * large * _WIDTH)
     multiply = times["multiply"] / (_HEADS * _PROBES * large * _WIDTH)
     score = max(times["score"] / (_HEADS * _PROBES * large) - multiply * _WIDTH, 0.0)
     token = times["select"] / large
     byte = times["gather"] / (k.nbytes / 2)
     known = (score + multiply * _WIDTH) * _HEADS * min(_PROBES, small) * small + token * small
-    return Machine(attend, multiply, score, token, byte, max(times["site"] - known - times["attend few"] / 4, 0.0))
+    return Machine(attend, edge, multiply, score, token, byte, max(times["site"] - known - times["attend few"] / 4, 0.0))
 
 
 def sparse_prefill_attention(

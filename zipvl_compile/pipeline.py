@@ -10,6 +10,7 @@ from zipvl_compile.passes import (
     choose_kernels,
     demand_rows,
     fuse_gathers,
+    keep_every_token,
     leave_dense,
     prune_projections,
     read_compact_cache,
@@ -38,6 +39,7 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
         read_compact_cache.apply(graph),
         leave_dense.apply(graph),
     ]
+    keep_every_token.apply(graph)
     fuse_gathers.apply(graph)
     choose_kernels.apply(graph, options.kernel)
     graph.lint()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, break_even, seconds
 
 SHAPE = AttentionShape(1, 8, 2, 64, 32, 128, 4)
-MACHINE = Machine(attend=4e-11, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
-NOTHING = Machine(0, 0, 0, 0, 0, 0)
+MACHINE = Machine(attend=4e-11, edge=2e-9, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
+NOTHING = Machine(0, 0, 0, 0, 0, 0, 0)
 
 
 def only(**constants):
@@ -23,10 +23,18 @@ def test_dense_counts_the_causal_half_of_both_products():
     assert sparse == dense / 4, "p squared"
 
 
+def test_the_diagonal_costs_as_many_blocks_as_there_are_queries():
+    dense, sparse = seconds(SHAPE, only(edge=1.0), 1000, 0.5)
+    assert dense == 8 * 1000 * (64 + 32) / 2
+    assert sparse == dense / 2
+
+
 def test_every_query_over_the_kept_keys():
     everyone = dataclasses.replace(SHAPE, every_query=True)
     dense, sparse = seconds(everyone, only(attend=1.0), 1000, 0.5)
     assert sparse == dense / 2, "n times p"
+    dense, sparse = seconds(everyone, only(edge=1.0), 1000, 0.5)
+    assert sparse == dense, "as many queries"
 
 
 def test_scores_are_probe_rows_times_tokens():
