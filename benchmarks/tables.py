@@ -43,16 +43,40 @@ def speed() -> str:
         "| | dense | zipvl | speedup | without pruning | queries all | bound | KV kept |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    rows = latest("speed")
+    model = next(iter(rows))[1].rsplit(", ", 1)[0]
     for (bench, case), variants in _by_variant().items():
         value = variants["zipvl"]
         others = [f"{variants[v]['speedup']:.2f}x" if v in variants else "" for v in ("unpruned", "queries all")]
         bound = f"{value['bound']:.2f}x" if "bound" in value else ""
         kept = f"{value['kv_bytes_kept']:.0%}" if "kv_bytes_kept" in value else ""
-        cells = [f"{bench}, {case.rsplit(', ', 1)[1]}", f"{value['dense']:.1f} ms", f"{value['zipvl']:.1f} ms"]
+        cells = [f"{bench}, {case.removeprefix(f'{model}, ')}", f"{value['dense']:.1f} ms", f"{value['zipvl']:.1f} ms"]
         table.append("| " + " | ".join([*cells, f"{value['speedup']:.2f}x", *others, bound, kept]) + " |")
-    rows = latest("speed")
-    case = next(iter(rows))[1]
-    return "\n".join([*table, "", f"{case.rsplit(', ', 1)[0]}, keep_ratio 0.367. {source(rows)}"])
+    return "\n".join([*table, "", f"{model}, keep_ratio 0.367. {source(rows)}"])
+
+
+def never_slower() -> str:
+    """Return the speedup of prefill with the default options, by prompt length and kept ratio."""
+    rows = latest("never_slower")
+    speedups: dict[str, dict[str, str]] = defaultdict(dict)
+    for (_, case, variant), metrics in rows.items():
+        dense = " *" if metrics["cached"]["value"] == 1 else ""
+        speedups[case.rsplit(", ", 1)[1]][variant] = f"{metrics['speedup']['value']:.2f}x{dense}"
+    names = list(next(iter(speedups.values())))
+    table = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    table += ["| " + " | ".join([n, *(of[name] for name in names)]) + " |" for n, of in speedups.items()]
+    return "\n".join([*table, "", f"\\* left dense. {next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
+
+
+def compile_time() -> str:
+    """Return how long zipvl compiles, against Inductor."""
+    rows = latest("compile_time")
+    value = {part: {name: line["value"] for name, line in metrics.items()} for (part, _, _), metrics in rows.items()}
+    both, prefill = value["prefill and decode"], value["prefill"]
+    return (
+        f"Compiling prefill and decode with empty caches takes {both['zipvl']:.0f} s, {both['ratio']:.2f} times "
+        f"Inductor's {both['dense']:.0f} s; prefill alone {prefill['ratio']:.2f} times. {source(rows)}"
+    )
 
 
 def draw() -> None:
@@ -108,7 +132,10 @@ def gpu() -> str:
 
 def render(text: str) -> str:
     """Return the README with its tables replaced."""
-    for name, table in (("speed", speed), ("tiny_lvlm", tiny_lvlm), ("gpu", gpu)):
+    for name, table in (
+        ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("tiny_lvlm", tiny_lvlm),
+        ("gpu", gpu),
+    ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text

@@ -4,7 +4,7 @@
 
 The copy is what frees memory: nothing of the full-length tensor stays alive.
 `with_room` copies what was computed for the kept tokens only, and all of them where a layer keeps every token.
-`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place. Both are made of
+`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place. Both become
 PyTorch's own operations when a graph is compiled, so that Inductor fuses them with what comes before.
 
 Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.

@@ -10,7 +10,8 @@ probe rows; the lower-case words are seconds per unit, measured on the machine a
 computes on the causal diagonal and throws away. Projections that `prune_projections` narrows only add to the gain;
 they are left out, since it may find nothing to prune.
 
-A break-even length is the largest root of dense - sparse, a quadratic in n. It becomes a guard of the compiled graph.
+A break-even length is the largest root of (1 + slack) dense - sparse, a quadratic in n. It becomes a guard of the
+compiled graph.
 """
 
 from __future__ import annotations
@@ -90,13 +91,14 @@ def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float
 
 
 @functools.cache
-def break_even(shape: AttentionShape, machine: Machine, kept: float) -> int:
+def break_even(shape: AttentionShape, machine: Machine, kept: float, slack: float = 0.0) -> int:
     """Return the prompt length from which sparse attention is faster, in tokens; `NEVER` where it never is.
 
     Args:
         kept: fraction of the tokens that the layer is expected to keep, in (0, 1].
+        slack: by how much sparse attention may be slower all the same, a fraction of the time of dense attention.
     """
-    gain = sympy.Poly((DENSE - SPARSE).subs(_values(shape, machine) | {r: kept}), n)
+    gain = sympy.Poly(((1 + slack) * DENSE - SPARSE).subs(_values(shape, machine) | {r: kept}), n)
     if gain.degree() < 2 or gain.LC() <= 0:
         return NEVER
     roots = [float(root) for root in gain.nroots() if root.is_real]

@@ -9,18 +9,20 @@ Before (`logits_to_keep=1`, as `generate` calls every model):
 After:
 
     a_1 = decode_attention(q[:, :, -1:], keys, values, positions, n, n, ...)    one token; zero if it was not kept
+        | scaled_dot_product_attention(q[:, :, -1:], k, v)                      where the layer stays dense
     h_1 = x[:, -1:] + linear(a_1, wo)
     logits = linear(norm(h_1 + mlp(norm(h_1))), lm_head)
 
 Exact: everything between is proven to treat each token by itself and to be read by nothing else
-(`exclusive_rows.py`). Keys and values of the last layer are still those of the prompt. `prune_projections` then narrows
-Q to the probe rows and the last one. Other slices than the last row, and indices that are tensors, leave the attention
-as it is.
+(`exclusive_rows.py`). Keys and values of the last layer are still those of the prompt. Q is narrowed to the last row
+here, or to the probe rows and the last one by `prune_projections`. Other slices than the last row, and indices that are
+tensors, leave the attention as it is.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +30,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
 from zipvl_compile.passes.chosen_rows import Slice, size
-from zipvl_compile.passes.exclusive_rows import computed_only_for
-from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
+from zipvl_compile.passes.exclusive_rows import computed_only_for, under_autocast
+from zipvl_compile.passes.graph_edit import args_of, arguments, calls, erase_unread, example, insert_call, is_call
+from zipvl_compile.passes.normalize_attention import SDPA, SDPA_ARGUMENTS
 from zipvl_compile.passes.pass_report import Demand, PassReport
 from zipvl_compile.passes.token_axis import Mixes, every_axis
 from zipvl_compile.passes.token_rows import Axes
@@ -49,8 +54,8 @@ class Part:
 
 
 def find(graph: Graph) -> list[Part]:
-    """Return the parts of hidden states that are taken after a sparse attention, in execution order."""
-    found, below = [], set(calls(graph, ops.sparse_attention))
+    """Return the parts of hidden states that are taken after an attention, in execution order."""
+    found, below = [], {*calls(graph, ops.sparse_attention), *calls(graph, SDPA)}
     for node in graph.nodes:
         if below.isdisjoint(node.all_input_nodes):
             continue
@@ -92,8 +97,8 @@ def rewrite(part: Part) -> None:
     rows, reader = Slice(index), part.reader
     taken = {}
     for source, axes in cone.sources.items():
-        attend = index == _LAST and is_call(source, ops.sparse_attention) and axes.token == 2
-        taken[source] = attend_last(source, reader) if attend else rows.take(source, axes, reader)
+        attend = None if index != _LAST or axes.token != 2 else _LAST_OF.get(source.target)
+        taken[source] = (attend and attend(source, reader)) or rows.take(source, axes, reader)
     first = next(iter(cone.sources))
     new = cone.again(taken, size(taken[first], cone.sources[first].token, reader), reader)[part.hidden]
     if one:
@@ -101,7 +106,41 @@ def rewrite(part: Part) -> None:
     reader.replace_all_uses_with(new)
     erase_unread([reader])
     cone.erase()
-    erase_unread(source for source in cone.sources if is_call(source, ops.sparse_attention))
+    erase_unread(source for source in cone.sources if source.target in _LAST_OF)
+    for source, last in taken.items():
+        if is_call(source, SDPA) and is_call(last, SDPA):
+            _narrow_query(last)
+
+
+def _narrow_query(attention: Node) -> None:
+    """Compute Q for the rows that the attention reads only, if it is computed token by token."""
+    part = args_of(attention)[0]
+    query, index = args_of(part)
+    try:
+        cone = computed_only_for(query, Axes(2), {part})
+    except Mixes:
+        return  # exact all the same
+    rows = Slice(index[-1])
+    taken = {source: rows.take(source, axes, part) for source, axes in cone.sources.items()}
+    part.replace_all_uses_with(cone.again(taken, size(part, 2, part), part)[query])
+    erase_unread([part])
+    cone.erase()
+
+
+def attend_last_of_all(attention: Node, before: Node) -> Node | None:
+    """Insert the last row `[B, Hq, 1, Dv]` of a dense attention before a node; None where it cannot be told."""
+    if attention in under_autocast(attention.graph):
+        return None
+    given = arguments(attention, *SDPA_ARGUMENTS)
+    query, key, value, mask = (given.get(name) for name in SDPA_ARGUMENTS[:4])
+    shapes = [example(x).shape for x in (query, key)]
+    if given.get("is_causal") and not statically_known_true(shapes[0][-2] == shapes[1][-2]):
+        return None
+    if mask is not None and not statically_known_true(example(mask).shape[-2] == 1):
+        mask = insert_call(before, operator.getitem, (mask, (Ellipsis, _LAST, slice(None))))
+    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), _LAST)))
+    others = {name: given[name] for name in SDPA_ARGUMENTS[4:] if name in given and name != "is_causal"}
+    return insert_call(before, SDPA, (last, key, value, mask), others)  # it sees every key: no causal mask
 
 
 def attend_last(attention: Node, before: Node) -> Node:
@@ -122,6 +161,11 @@ def attend_last(attention: Node, before: Node) -> Node:
     kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
     kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
     return insert_call(before, torch.where, (kept, out, 0.0))
+
+
+_LAST_OF: dict[Any, Callable[[Node, Node], Node | None]] = {
+    ops.sparse_attention.default: attend_last, SDPA: attend_last_of_all,
+}  # fmt: skip
 
 
 def apply(graph: Graph) -> PassReport:

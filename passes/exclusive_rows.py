@@ -31,7 +31,7 @@ def computed_only_for(x: Node, axes: Axes, readers: set[Node]) -> Cone:
     others = [user for user in x.users if user not in readers and not reads_size(user)]
     if others:
         raise Mixes(f"read by {op_name(others[0])!r} as well")
-    graph, autocast = x.graph, _under_autocast(x.graph)
+    graph, autocast = x.graph, under_autocast(x.graph)
 
     def shared(node: Node, cone: Cone) -> bool:
         users = [user for user in node.users if user not in cone.nodes and not reads_size(user)]
@@ -49,7 +49,7 @@ def computed_only_for(x: Node, axes: Axes, readers: set[Node]) -> Cone:
     return cone
 
 
-def _under_autocast(graph: Graph) -> set[Node]:
+def under_autocast(graph: Graph) -> set[Node]:
     """Return the nodes inside `with torch.autocast(...)`: moved out of it they would compute in another dtype."""
     inside, depth = set(), 0
     for node in graph.nodes:

@@ -48,11 +48,13 @@ def propagate(node: Node) -> None:
         node.meta["unbacked_bindings"] = bindings
 
 
-def insert_call(before: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-    """Insert `target(*args)` before a node, with its fake value and the source information of that node."""
+def insert_call(
+    before: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Node:
+    """Insert `target(*args, **kwargs)` before a node, with its fake value and the source information of that node."""
     graph = before.graph
     with graph.inserting_before(before):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs)
     for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
         if key in before.meta:
             node.meta[key] = before.meta[key]

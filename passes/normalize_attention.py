@@ -25,7 +25,7 @@ from zipvl_compile.passes.graph_edit import args_of, arguments, example, is_call
 
 SDPA = F.scaled_dot_product_attention
 FLEX = torch.ops.higher_order.flex_attention
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ _FLEX_IS_CODE = "its mask and scores are functions (mask_mod, score_mod), not te
 
 
 def _read_sdpa(node: Node) -> AttentionSite | NearMiss:
-    given: dict[str, Any] = arguments(node, *_ARGUMENTS)
+    given: dict[str, Any] = arguments(node, *SDPA_ARGUMENTS)
     query, key, value = given["query"], given["key"], given["value"]
     shapes = [example(x) for x in (query, key, value)]
     if any(not isinstance(x, torch.Tensor) or x.dim() != 4 for x in shapes):

@@ -11,7 +11,7 @@ from zipvl_compile import costs as module
 from zipvl_compile.costs import costs, least_tokens
 from zipvl_compile.machine import machine
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine
+from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seconds
 from zipvl_compile.report import collect
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
@@ -52,6 +52,17 @@ def test_lengths_are_rounded_so_that_noise_decides_nothing(known):
     length = least_tokens(ZipVLOptions(keep_ratio=0.367))(SHAPE, torch.float32, CPU)
     assert length in (512, 768, 1024)
     assert least_tokens(ZipVLOptions(keep_ratio=0.9))(SHAPE, torch.float32, CPU) > length
+
+
+def test_a_tau_that_keeps_everything_costs_little(known):
+    """From the least length on, keeping all tokens by `tau` takes a tenth more than dense attention at most."""
+    length = least_tokens(ZipVLOptions(tau=0.975))(SHAPE, torch.float32, CPU)
+    assert length > least_tokens(ZipVLOptions(keep_ratio=0.5))(SHAPE, torch.float32, CPU)
+    for n in (length, 2 * length, 10 * length):
+        dense, sparse = seconds(SHAPE, SLOW_SITE, n, 1.0)
+        assert sparse <= 1.1 * dense
+    dense, sparse = seconds(SHAPE, SLOW_SITE, length // 2, 1.0)
+    assert sparse > 1.1 * dense
 
 
 @pytest.mark.parametrize("options", [{"tau": 1.0}, {"keep_ratio": 1.0}])

@@ -16,7 +16,10 @@ from zipvl_compile.passes.sparsify_prefill import LeastTokens
 if TYPE_CHECKING:
     from zipvl_compile.explanation import Explanation
 
-EXPECTED_KEPT = 0.5  # how much tau will keep is not known before the prompt is
+# How much tau will keep is not known before the prompt is: sparse attention must pay at the one fraction, and cost
+# little more than dense attention if all is kept. Where that matters, attention is a third of prefill at most.
+EXPECTED_KEPT = 0.5
+WORST_LOSS = 0.1
 
 
 def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
@@ -30,7 +33,10 @@ def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
     kept = options.keep_ratio or (1.0 if options.tau >= 1 else EXPECTED_KEPT)
 
     def least(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> int:
-        length = break_even(shape, machine(device, dtype), kept)
+        speed = machine(device, dtype)
+        length = break_even(shape, speed, kept)
+        if options.keep_ratio is None:
+            length = max(length, break_even(shape, speed, 1.0, WORST_LOSS))
         return length if length >= NEVER else bucket(length)
 
     return least

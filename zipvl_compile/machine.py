@@ -52,11 +52,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     attention = torch.nn.functional.scaled_dot_product_attention
     probes, width = draw(_HEADS, _PROBES, _WIDTH).float(), k[0].float().transpose(1, 2).contiguous()
     few_q, few_k, few_v = (x[:, :, :small].contiguous() for x in (q, k, v))
-    half = [x[:, :, : large // 2].contiguous() for x in (q, k, v)]
+    half_q, half_k, half_v = (x[:, :, : large // 2].contiguous() for x in (q, k, v))
     times = _medians(
         {
             "attend": lambda: attention(q, k, v, is_causal=True),
-            "attend half": lambda: attention(*half, is_causal=True),
+            "attend half": lambda: attention(half_q, half_k, half_v, is_causal=True),
             "attend few": lambda: attention(few_q, few_k, few_v, is_causal=True),
             "multiply": lambda: probes @ width,
             "score": lambda: token_scores(q, k),
@@ -75,7 +75,8 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     token = times["select"] / large
     byte = times["gather"] / (k.nbytes / 2)
     known = (score + multiply * _WIDTH) * _HEADS * min(_PROBES, small) * small + token * small
-    return Machine(attend, edge, multiply, score, token, byte, max(times["site"] - known - times["attend few"] / 4, 0.0))
+    site = max(times["site"] - known - times["attend few"] / 4, 0.0)
+    return Machine(attend, edge, multiply, score, token, byte, site)
 
 
 def sparse_prefill_attention(

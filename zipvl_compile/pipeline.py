@@ -34,10 +34,10 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
             all_queries=options.queries == "all",
             drop=options.evict == "drop",
         ),
-        demand_rows.apply(graph),
-        prune_projections.apply(graph),
         read_compact_cache.apply(graph),
         leave_dense.apply(graph),
+        demand_rows.apply(graph),
+        prune_projections.apply(graph),
     ]
     keep_every_token.apply(graph)
     fuse_gathers.apply(graph)

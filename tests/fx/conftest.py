@@ -112,14 +112,13 @@ class Recorder:
             env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
         before, returned = _nodes(gm.graph), _returned_inputs(gm.graph)
         if self.selection is not None:
-            reports = [sparsify_prefill.apply(gm.graph, **self.selection)]
-            if self.prune:
-                self.demands += demand_rows.apply(gm.graph).demands
-                self.pruned += prune_projections.apply(gm.graph).pruned
-            reports.append(read_compact_cache.apply(gm.graph))
+            reports = [sparsify_prefill.apply(gm.graph, **self.selection), read_compact_cache.apply(gm.graph)]
             between = _nodes(gm.graph)
             reports.append(leave_dense.apply(gm.graph))
             assert list(between) == list(_nodes(gm.graph)), "leave_dense must change nothing"
+            if self.prune:
+                self.demands += demand_rows.apply(gm.graph).demands
+                self.pruned += prune_projections.apply(gm.graph).pruned
             self.reports.append({report.name: report.sites for report in reports})
         gm.graph.lint()
         after = _nodes(gm.graph)

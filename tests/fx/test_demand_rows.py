@@ -60,6 +60,54 @@ def test_padding_of_either_side(record, side, matrix):
     assert not recorder.demands[0].reason
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", READS)
+def test_a_dense_last_layer_computes_the_rows_that_are_read(record, form, batch):
+    read, rows = READS[form]
+    graph, recorder = both(record, Stack(read), hidden_states(batch=batch), min_tokens=N + 1)
+    (demand,) = recorder.demands
+    assert not demand.reason
+    found = widths(graph)
+    last = form in ("slice", "slice of every axis", "after an ellipsis", "the last one")
+    assert found["k"] == found["v"] == [N, N] and found["q"] == [N, 1 if last else N]
+    assert found["up"] == [N, rows] and found["o"] == [N, rows]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", ["row", "matrix", "one for all samples", "two axes"])
+def test_masks_of_a_dense_last_layer(record, form, dynamic):
+    mask = torch.ones(N, N, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    if form == "row":
+        mask = torch.ones(2, 1, 1, N, dtype=torch.bool)
+    if form == "one for all samples":
+        mask = mask[:1]
+    if form == "two axes":
+        mask = mask[0, 0]
+    mask[..., :5] = False
+    options = {"min_tokens": N + 1, "dynamic": dynamic}
+    graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(batch=2), mask, **options)
+    assert not recorder.demands[0].reason and widths(graph)["q"] == [N, 1]
+
+
+def test_a_causal_flag_over_more_keys_than_queries_stays(record):
+    """PyTorch counts its causal mask from the first key, so the last query does not see every key."""
+    keys = torch.randn(1, 2, N + 3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def attend(x):
+        q = F.linear(x, weight).view(1, N, 2, 8).transpose(1, 2)
+        a = F.scaled_dot_product_attention(q, keys, keys, is_causal=True)
+        return (logits(F.silu(F.linear(a.transpose(1, 2).reshape(1, N, WIDTH), weight))[:, -1:]),)
+
+    x = hidden_states()
+    torch._dynamo.reset()
+    got, recorder = record(attend, x, prune=True)
+    torch.testing.assert_close(got[0], attend(x)[0])
+    assert len(recorder.demands) == 1 and not recorder.demands[0].reason
+    (attention,) = [n for n in recorder.graphs[0].nodes if n.target is F.scaled_dot_product_attention]
+    assert attention.meta["example_value"].shape[2] == N
+
+
 NOT_NARROWED = {
     "returned as well": (lambda x: (logits(x[:, -1:]), x), "read by 'output' as well"),
     "read otherwise": (lambda x: logits(x[:, -1:]) + x.sum(1, keepdim=True)[..., :5], "read by 'sum' as well"),

@@ -75,4 +75,4 @@ def test_defaults_are_the_papers(selected):
 
 def test_reports_come_in_the_order_of_the_passes():
     names = [report.name for report in rewrite(empty_graph(), ZipVLOptions())]
-    assert names == ["sparsify_prefill", "demand_rows", "prune_projections", "read_compact_cache", "leave_dense"]
+    assert names == ["sparsify_prefill", "read_compact_cache", "leave_dense", "demand_rows", "prune_projections"]
