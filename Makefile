@@ -23,8 +23,8 @@ test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m models tests/models/test_families.py
 	$(BIN)/python tests/families/table.py
 
-# glibc gives large buffers back to the system at once and takes them anew, which costs more time on a long prompt than a
-# sparse attention saves; with these settings it keeps them, for every variant alike.
+# glibc gives buffers of over 32 MB back to the system at once and takes them anew, which slows long prompts; with these
+# settings it keeps them, for every variant alike.
 KEEP_MEMORY := MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 bench: $(STAMP)
 	$(KEEP_MEMORY) $(BIN)/python -m pytest -q benchmarks --benchmark-only -s
