@@ -21,6 +21,7 @@ tensors, leave the attention as it is.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from zipvl_compile.passes.graph_edit import args_of, arguments, calls, erase_unr
 from zipvl_compile.passes.normalize_attention import SDPA, SDPA_ARGUMENTS
 from zipvl_compile.passes.pass_report import Demand, PassReport
 from zipvl_compile.passes.token_axis import Mixes, every_axis
-from zipvl_compile.passes.token_rows import Axes
+from zipvl_compile.passes.token_rows import Axes, Cone
 
 ops = torch.ops.zipvl
 _LAST = slice(-1, None, None)
@@ -109,22 +110,30 @@ def rewrite(part: Part) -> None:
     erase_unread(source for source in cone.sources if source.target in _LAST_OF)
     for source, last in taken.items():
         if is_call(source, SDPA) and is_call(last, SDPA):
-            _narrow_query(last)
+            with contextlib.suppress(Mixes):  # exact all the same
+                narrow_query(args_of(last)[0], Axes(2), set()).erase()
 
 
-def _narrow_query(attention: Node) -> None:
-    """Compute Q for the rows that the attention reads only, if it is computed token by token."""
-    part = args_of(attention)[0]
+def narrow_query(part: Node, axes: Axes, readers: set[Node]) -> Cone:
+    """Compute Q for the rows `part = q[:, :, rows]` only.
+
+    Args:
+        axes: of q.
+        readers: who else reads q, and will not in the end.
+
+    Returns:
+        What computes q in full, which only `readers` still need.
+
+    Raises:
+        Mixes: Q is needed in full, or not known to be computed token by token.
+    """
     query, index = args_of(part)
-    try:
-        cone = computed_only_for(query, Axes(2), {part})
-    except Mixes:
-        return  # exact all the same
+    cone = computed_only_for(query, axes, {part, *readers})
     rows = Slice(index[-1])
     taken = {source: rows.take(source, axes, part) for source, axes in cone.sources.items()}
     part.replace_all_uses_with(cone.again(taken, size(part, 2, part), part)[query])
     erase_unread([part])
-    cone.erase()
+    return cone
 
 
 def attend_last_of_all(attention: Node, before: Node) -> Node | None:

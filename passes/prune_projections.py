@@ -35,7 +35,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes import rows_below
 from zipvl_compile.passes.attention_site import module_path
-from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, Slice, kept_rows, one_sample, size
+from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, kept_rows, one_sample, size
+from zipvl_compile.passes.demand_rows import narrow_query
 from zipvl_compile.passes.exclusive_rows import computed_only_for
 from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
 from zipvl_compile.passes.pass_report import PARTS, PassReport, Pruning
@@ -141,14 +142,9 @@ def prune_demanded_queries(site: Site) -> None:
     part = site.query
     if not is_call(part, operator.getitem):
         raise Mixes("the attention has the newest queries only")
-    query, index = args_of(part)
-    if args_of(site.scores)[0] is not query:
+    if args_of(site.scores)[0] is not args_of(part)[0]:
         raise Mixes("the attention has the newest queries only")
-    cone = computed_only_for(query, site.axes, {part, site.scores})
-    rows = Slice(index[-1])
-    taken = {source: rows.take(source, axes, part) for source, axes in cone.sources.items()}
-    part.replace_all_uses_with(cone.again(taken, size(part, 2, part), part)[query])
-    erase_unread([part])
+    cone = narrow_query(part, site.axes, {site.scores})
     _score_probe_rows(site.scores, cone)
     cone.erase()
 
