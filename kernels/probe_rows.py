@@ -13,8 +13,13 @@ import torch
 
 
 @functools.lru_cache(maxsize=512)
-def cached_probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
-    """Return `probe_rows` without a copy: do not write to it."""
+def cached_probe_rows(n: int, recent: int, random: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Return `probe_rows` on `device` without a copy: do not write to it.
+
+    Once there, they cost no transfer, for which the host would wait for the device in every layer.
+    """
+    if device.type != "cpu":
+        return cached_probe_rows(n, recent, random, seed, torch.device("cpu")).to(device)
     if n <= recent + random:
         return torch.arange(n)
     generator = torch.Generator().manual_seed(seed)
@@ -31,12 +36,12 @@ def probe_rows(n: int, recent: int, random: int, seed: int) -> torch.Tensor:
         random: rows drawn without replacement from the rest.
         seed: of the draw; equal arguments give equal rows, on every device.
     """
-    return cached_probe_rows(n, recent, random, seed).clone()
+    return cached_probe_rows(n, recent, random, seed, torch.device("cpu")).clone()
 
 
 @torch.library.custom_op("zipvl::probe_positions", mutates_args=())
 def _probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> torch.Tensor:
-    return probe_rows(k.shape[2], recent, random, seed).to(k.device)
+    return cached_probe_rows(k.shape[2], recent, random, seed, k.device).clone()
 
 
 @_probe_positions.register_fake

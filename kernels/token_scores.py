@@ -42,7 +42,7 @@ def _scores_torch(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
     limits = rows.tolist()
-    rows, columns = rows.to(q.device), torch.arange(n, device=q.device)
+    columns = torch.arange(n, device=q.device)
     probes = (q.index_select(2, rows) if given == n else q).to(dtype) * scale  # [B, Hq, m, D]
     factor = query_heads // kv_heads
     # A block of rows whose scores stay in the L2 cache from the product to the sums.
@@ -194,7 +194,7 @@ def _scores_triton(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
     rows: torch.Tensor, groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    q, k, rows = unit_stride(q), unit_stride(k), rows.to(q.device)
+    q, k = unit_stride(q), unit_stride(k)
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
     factor, m = query_heads // kv_heads, rows.numel()
     block_d = head_blocks(width)
@@ -236,7 +236,7 @@ def _token_scores(
     batch, _, given, _ = q.shape
     kv_heads, n = k.shape[1], k.shape[2]
     check_mask("token_scores", mask, q, n, n)
-    rows = cached_probe_rows(n, recent, random, seed)  # [m]
+    rows = cached_probe_rows(n, recent, random, seed, q.device)  # [m]
     if given not in (n, rows.numel()):
         fail(
             "token_scores", "q", f"{n} tokens, like k, or the {rows.numel()} probe rows", given,

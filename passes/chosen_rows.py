@@ -1,7 +1,7 @@
 """Some tokens of a tensor: taken from it, and put back.
 
 index_select(x, axis, rows)                    the same rows for every sample: probe rows, or a batch of one
-take_along_dim(x, positions, axis)             the kept tokens of each sample
+gather(x, axis, positions)                     the kept tokens of each sample
 x[:, -1:]                                      a slice, or an index that is a tensor
 """
 
@@ -65,8 +65,16 @@ class OfEachSample(_Rows):
         missing = max(-axes.batch, 0)
         if missing:
             x = insert_call(before, operator.getitem, (x, (*[None] * missing, Ellipsis)))
-        index = self._spread(example(x).dim(), axes.token + missing, max(axes.batch, 0), before)
-        return insert_call(before, torch.take_along_dim, (x, index, axes.token + missing))
+        token, batch = axes.token + missing, max(axes.batch, 0)
+        index = self._spread(example(x).dim(), token, batch, before)
+        # Broadcast by hand: torch.take_along_dim compares the sizes, of which P is not known while compiling.
+        sizes = [-1 if axis in (token, batch) else size(x, axis, before) for axis in range(example(x).dim())]
+        if one_sample(x, batch):
+            samples = [size(index, batch, before) if axis == batch else -1 for axis in range(len(sizes))]
+            x = insert_call(before, torch.ops.aten.expand.default, (x, samples))
+        return insert_call(
+            before, torch.gather, (x, token, insert_call(before, torch.ops.aten.expand.default, (index, sizes)))
+        )
 
     def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         """Return `base` with `rows` in their places."""
@@ -101,6 +109,6 @@ def kept_rows(positions: Node) -> Shared | OfEachSample:
     return OfEachSample(insert_call(before, operator.getitem, (positions, (_ALL, 0))), count)
 
 
-def one_sample(x: Node) -> bool:
-    """Return whether the first axis of `x` is known to be 1."""
-    return statically_known_true(example(x).shape[0] == 1)
+def one_sample(x: Node, batch: int = 0) -> bool:
+    """Return whether the axis `batch` of `x` is known to be 1."""
+    return statically_known_true(example(x).shape[batch] == 1)

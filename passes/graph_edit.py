@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
@@ -40,7 +41,8 @@ def propagate(node: Node) -> None:
     if fake_mode is None and not numbers:  # a graph without fake values, such as one written by hand in a test
         return
     call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-    with fake_mode or contextlib.nullcontext():
+    # With the Python dispatcher, as Dynamo does: C++ decompositions of some releases ask symbolic sizes for numbers.
+    with fake_mode or contextlib.nullcontext(), enable_python_dispatcher():
         value = call(*(args[1:] if node.op == "call_method" else args), **kwargs)  # type: ignore[operator, index]
     node.meta["example_value"] = value
     bindings = compute_unbacked_bindings(fake_mode.shape_env, value) if fake_mode is not None else None

@@ -79,6 +79,11 @@ def _filled(filling: Any = None) -> Rule:
     return rule
 
 
+def _tensor(reader: Reader, node: Node) -> Formula:
+    """Read `torch.tensor(number)`."""
+    return Formula(reader.value(arguments(node, "data")["data"]), example(node).dim())
+
+
 def _same(reader: Reader, node: Node) -> Formula:
     """Read a cast, a copy or a broadcast, which change no value."""
     source = args_of(node)[0]
@@ -219,7 +224,7 @@ _RULES: dict[str, Rule] = {
     "arange": _arange,
     "ones": _filled(1), "new_ones": _filled(1), "ones_like": _filled(1),
     "zeros": _filled(0), "new_zeros": _filled(0), "zeros_like": _filled(0),
-    "full": _filled(), "new_full": _filled(), "full_like": _filled(),
+    "tensor": _tensor, "full": _filled(), "new_full": _filled(), "full_like": _filled(),
     "add": _arithmetic(operator.add), "sub": _arithmetic(operator.sub), "rsub": _arithmetic(lambda a, b: b - a),
     "mul": _arithmetic(operator.mul), "neg": _arithmetic(operator.neg), "abs": _arithmetic(sympy.Abs),
     "floordiv": _arithmetic(lambda a, b: sympy.floor(a / b)),

@@ -59,6 +59,7 @@ CASES = {
     "masked-fill": (lambda p, x: torch.zeros(x.shape[1], x.shape[1]).masked_fill(~triangle(x), -10000.0), CAUSAL),
     "positive-padding": (lambda p, x: triangle(x) & (p[:, None, None] > 0), BOTH),
     "everything": (lambda p, x: torch.ones(2, 1, x.shape[1], x.shape[1], dtype=torch.bool), ()),
+    "where-of-tensors": (lambda p, x: torch.where(triangle(x), torch.tensor(0.0), torch.tensor(LOWEST)), CAUSAL),
     "nothing-added": (lambda p, x: torch.zeros(1, 1, x.shape[1], x.shape[1]), ()),
 }
 
