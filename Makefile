@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-speed system kernels lint train clean
+.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed system kernels lint train clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,7 +40,7 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP  := $(STAMP)
 endif
 gpu: $(GPU_SETUP)
-	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-prefill gpu-speed
+	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed
 
 gpu-tests: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest -q tests/gpu
@@ -48,6 +48,8 @@ gpu-kernels: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_gpu_kernels.py
 gpu-prefill: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_gpu_prefill.py
+gpu-decode: $(GPU_SETUP)
+	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_gpu_decode.py
 gpu-speed: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_speed.py --benchmark-only
 

@@ -59,13 +59,15 @@ def timed(run: Callable[[], object]) -> float:
 def device_times(variants: dict[str, Callable[[], object]], rounds: int = 20, warm_up: int = 5) -> dict[str, float]:
     """Return the median time of every variant on the GPU, in seconds, by CUDA events; the variants run in turn.
 
-    A buffer of 256 MiB is written before every call, so that no variant finds its inputs in the L2 cache.
+    A buffer of 256 MiB is written before every call, so that no variant finds its inputs in the L2 cache. Then the GPU
+    sleeps for a millisecond, while the host prepares its launches: this is the time of the kernels, see `host_times`.
     """
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):
         for name, run in variants.items():
             flush.zero_()
+            torch.cuda._sleep(2_000_000)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
@@ -73,6 +75,18 @@ def device_times(variants: dict[str, Callable[[], object]], rounds: int = 20, wa
             end.synchronize()
             if i >= warm_up:
                 times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def host_times(variants: dict[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
+    """Return the median time that the host needs to launch every variant, in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

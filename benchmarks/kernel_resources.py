@@ -42,6 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that one program may have
+IN_GRAPH = {_decode.__name__, _score.__name__}  # Inductor launches these, and gives them Python floats as fp64
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.uint8: "u8", torch.bool: "i1"}  # fmt: skip
 
@@ -81,7 +82,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
         def attend(q, mask, is_causal, every, tiling, keys=keys, values=values, positions=positions):
             return lambda: _attend._attend_triton(
-                q, keys, values, positions, mask, is_causal, None, None, every, torch.empty_like(q), tiling
+                q, keys, values, positions, mask, is_causal, None, None, every, tiling
             )
 
         made |= {
@@ -104,7 +105,7 @@ def cases() -> dict[str, Callable[[], object]]:
         best = _attend.tilings(q, v, masked=False)[0]
         made[f"{name}, causal, kept queries only"] = attend(q[:, :, :256].contiguous(), None, True, False, best)
         made[f"{name}, causal, all queries"] = attend(q, None, True, True, best)
-    for n in (1024, 8192, 32768):
+    for n in (1024, 8192, 16384, 32768):
         scores, seen = torch.rand(1, 1, n), torch.ones(1, n)
         made[f"{n} tokens"] = lambda s=scores, v=seen: _select.select_tokens(s, v, tau=0.5, use="triton")
         made[f"{n} tokens, ratio"] = lambda s=scores, v=seen: _select.select_tokens(s, v, keep_ratio=0.5, use="triton")
@@ -128,7 +129,7 @@ def record() -> list[Launch]:
                 signature[name] = "*" + TYPES[value.dtype]
                 aligned.append(name)
             elif isinstance(value, float):
-                signature[name] = "fp32"
+                signature[name] = "fp64" if self.__module__ in IN_GRAPH else "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0:
@@ -153,8 +154,9 @@ def compiled(job: tuple[Launch, str]) -> dict[str, Any]:
     places = {name: i for i, name in enumerate(kernel.arg_names)}
     attributes = {(places[name],): [["tt.divisibility", 16]] for name in launch.aligned}
     amd = target.startswith("gfx")
-    options = launch.options | ({"num_stages": min(launch.options.get("num_stages", 2), 2)} if amd else {})
-    row = {"kernel": launch.kernel, "case": launch.case, "target": target, **launch.options}
+    limits = {"num_stages": 2, "num_warps": 16} if amd else {}  # as tiles.pipelined and select_tokens._tiling say
+    options = launch.options | {name: min(launch.options.get(name, most), most) for name, most in limits.items()}
+    row = {"kernel": launch.kernel, "case": launch.case, "target": target, **options}
     try:
         constants = {(places[name],): value for name, value in launch.constants.items()}
         source = ASTSource(kernel, launch.signature, constants, attributes)

@@ -74,7 +74,7 @@ def _decode_torch(
         # Every new token sees the whole cache, so the queries of one KV head can share one pass over it.
         packed = q.reshape(batch, kv_heads, heads // kv_heads * m, q.shape[3])
         result = dense_attention(packed, k, v, None, False, scale, softcap)
-        return out.copy_(result.view(batch, heads, m, v.shape[3]))
+        return out.copy_(result.reshape(batch, heads, m, v.shape[3]))
     where = cached_positions(positions, prompt, n)
     where = where if where.shape[1] == 1 else per_head(where, heads)
     bias = take(mask, batch, None, where)  # [B, 1 or Hq, m, length]

@@ -36,7 +36,7 @@ def launchable(kernel: Any, x: torch.Tensor) -> Any:
     """
     if is_traced(x):
         return torch.library.wrap_triton(kernel)
-    return _OnDevice(kernel, x.device) if x.is_cuda else kernel
+    return _OnDevice(kernel, x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else kernel
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from zipvl_compile.kernels.checks import fail
 from zipvl_compile.kernels.dispatch import launchable, use_triton
 
 FIXED = float(2**40)
-MAX_BLOCK = 8192  # scores that one program holds in registers; longer prompts are read again for every bit
+MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit
+STEP = 8192  # scores at a time where a running count is needed, which goes through shared memory
 
 
 def kept_count(n, keep_ratio: float, keep_recent: int):
@@ -108,25 +109,27 @@ def _ranking_bits(accumulated, visible, at, n, newest):
 
 @triton.jit
 def _best_tokens_kernel(
-    accumulated, visible, out, n, p, keep_recent, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
-):
+    accumulated, visible, out, n, p, keep_recent,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     accumulated += row * n
     visible += row // GROUPS * n
     out += row * p
-    at = tl.arange(0, BLOCK)
-    shown = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n, BLOCK):
-        shown += (tl.load(visible + start + at, mask=start + at < n, other=0.0) > 0).to(tl.int32)
+    step = tl.arange(0, STEP)
+    shown = tl.zeros([STEP], tl.int32)
+    for start in range(0, n, STEP):
+        shown += (tl.load(visible + start + step, mask=start + step < n, other=0.0) > 0).to(tl.int32)
     older = tl.sum(shown, 0) - keep_recent  # visible tokens before the newest ones
     newest = n  # position of the first of the newest visible tokens
     before = 0
-    for start in range(0, n, BLOCK):
-        seen = (tl.load(visible + start + at, mask=start + at < n, other=0.0) > 0).to(tl.int32)
+    for start in range(0, n, STEP):
+        seen = (tl.load(visible + start + step, mask=start + step < n, other=0.0) > 0).to(tl.int32)
         rank = before + tl.cumsum(seen, 0) - 1
-        newest = tl.minimum(newest, tl.min(tl.where((seen != 0) & (rank >= older), start + at, n), 0))
+        newest = tl.minimum(newest, tl.min(tl.where((seen != 0) & (rank >= older), start + step, n), 0))
         before += tl.sum(seen, 0)
 
+    at = tl.arange(0, BLOCK)
     held = _ranking_bits(accumulated, visible, at, n, newest)  # [BLOCK]
     last = 0  # bits of the score of the p-th best token
     for bit in range(31):
@@ -143,19 +146,19 @@ def _best_tokens_kernel(
     wanted = p - tl.sum(count, 0)  # of the tokens that tie with the p-th, the first ones
     ties = 0
     written = 0
-    for start in range(0, n, BLOCK):
-        bits = held if ONE else _ranking_bits(accumulated, visible, start + at, n, newest)
+    for start in range(0, n, STEP):
+        bits = _ranking_bits(accumulated, visible, start + step, n, newest)
         tie = (bits == last).to(tl.int32)
         keep = (bits > last) | ((tie != 0) & (ties + tl.cumsum(tie, 0) <= wanted))
         rank = written + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(out + rank, (start + at).to(tl.int64), mask=keep)
+        tl.store(out + rank, (start + step).to(tl.int64), mask=keep)
         ties += tl.sum(tie, 0)
         written += tl.sum(keep.to(tl.int32), 0)
 
 
 def _tiling(n: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(n), MAX_BLOCK)
-    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 512, 1), 16 if torch.version.hip else 32)}
 
 
 def _fewest_tokens_triton(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
@@ -172,7 +175,8 @@ def _best_tokens_triton(accumulated: torch.Tensor, visible: torch.Tensor, p: int
     batch, groups, n = accumulated.shape
     out = torch.empty(batch, groups, p, dtype=torch.int64, device=accumulated.device)
     launchable(_best_tokens_kernel, accumulated)[(batch * groups,)](
-        accumulated.contiguous(), visible.contiguous(), out, n, p, keep_recent, GROUPS=groups, **_tiling(n)
+        accumulated.contiguous(), visible.contiguous(), out, n, p, keep_recent, GROUPS=groups,
+        STEP=min(triton.next_power_of_2(n), STEP), **_tiling(n),
     )
     return out
 

@@ -21,54 +21,12 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels import fastest, tiles
-from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
-from zipvl_compile.kernels.dense_attention import dense_attention
+from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail
 from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.masks import causal, take, visible
+from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
 from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
-from zipvl_compile.kernels.token_copies import put_rows, take_rows
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
-
-
-def _empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Allocate `[B, Hq, n, Dv]` laid out token-major, as the models read it next: `transpose(1, 2)` is free."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-
-
-def _attend_torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
-    is_causal: bool, scale: float | None, softcap: float | None, every_query: bool, out: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    batch, heads, m, _ = q.shape
-    p = positions.shape[2]
-    # One group serves all heads unless each KV head keeps its own tokens.
-    where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
-    if every_query:
-        bias = None if mask is None else take(mask, batch, None, where)
-        if is_causal:
-            shown = causal(torch.arange(m, device=q.device), where)  # [B, 1 or Hq, n, P]
-            bias = shown if bias is None else _hide(bias, shown)
-        out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
-        if bias is not None:  # a query that sees no kept key gets no attention output
-            out.masked_fill_(~visible(bias).any(-1, keepdim=True), 0.0)
-        return out
-
-    kept_q = q if m == p else take_rows(q, positions, q.new_empty(batch, heads, p, q.shape[3]))
-    bias = mask
-    if mask is not None and p < mask.shape[3]:
-        bias = take(mask, batch, where, where)
-    if bias is not None and is_causal:
-        bias = _hide(bias, torch.ones(p, p, dtype=torch.bool, device=q.device).tril())
-    kept = dense_attention(kept_q, k, v, bias, is_causal and bias is None, scale, softcap)  # [B, Hq, P, Dv]
-    if m == p:
-        return out.copy_(kept)
-    return put_rows(kept, positions, out.zero_())
-
-
-def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Return `mask` with everything outside `shown` hidden, in the form that `mask` has."""
-    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
 
 
 @triton.jit
@@ -197,9 +155,9 @@ def tilings(q: torch.Tensor, v: torch.Tensor, masked: bool) -> list[tuple[int, i
 
 def _attend_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
-    is_causal: bool, scale: float | None, softcap: float | None, every_query: bool, out: torch.Tensor,
-    tiling: tuple[int, int, int, int],
+    is_causal: bool, scale: float | None, softcap: float | None, every_query: bool, tiling: tuple[int, int, int, int],
 ) -> torch.Tensor:  # fmt: skip
+    out = empty_output(q, v)
     q, k, v, positions = tiles.unit_stride(q), tiles.unit_stride(k), tiles.unit_stride(v), positions.contiguous()
     (batch, heads, m, width), p = q.shape, positions.shape[2]
     block_m, block_n, warps, stages = tiling
@@ -231,6 +189,8 @@ def _sparse_attention(
     batch, _, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
+    if mask is not None and mask.shape[0] == 0:  # what hiding_rows gives for a mask that hides nothing
+        mask = None
     n = m if mask is None or m != p else mask.shape[-1]  # queries of the kept tokens only may come with a full mask
     if all_queries and m != n:
         fail("sparse_attention", "q", f"{n} tokens, like the mask", m, "Pass the queries of every token.")
@@ -240,12 +200,11 @@ def _sparse_attention(
     k, v = k[:, :, :p], v[:, :, :p]
     check_attention_inputs("sparse_attention", q, k, v)
     check_mask("sparse_attention", mask, q, n, n)
-    out = _empty_output(q, v)
-    if out.numel() == 0:
-        return out
-    arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n, out)
+    if q.numel() == 0 or v.numel() == 0:
+        return empty_output(q, v).zero_()
+    arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n)
     if not use_triton("sparse_attention", use, q, k, v):
-        return _attend_torch(*arguments)
+        return attend_torch(*arguments)
     tried = tilings(q, v, masked=mask is not None)
     by_tiling = {f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tried}
     if use == "triton":
@@ -253,12 +212,12 @@ def _sparse_attention(
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
     shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
     key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
-    return fastest.run(key, by_tiling | fastest.sdpa_backends(functools.partial(_attend_torch, *arguments)))
+    return fastest.run(key, by_tiling | fastest.sdpa_backends(functools.partial(attend_torch, *arguments)))
 
 
 @_sparse_attention.register_fake
 def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, use="auto"):
-    return _empty_output(q, v)
+    return empty_output(q, v)
 
 
 def sparse_attention(
@@ -280,7 +239,8 @@ def sparse_attention(
         q: queries of every token `[B, Hq, n, D]`, or of the kept ones only `[B, Hq, P, D]`.
         k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`; only the first `P` rows are read.
         positions: int64 `[B, G, P]`, ascending, where the kept tokens stand in the prompt.
-        mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n or 1, n]`.
+        mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n or 1, n]`; one of 0 samples, which
+            `hiding_rows` may return, hides nothing.
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.

@@ -38,8 +38,9 @@ def as_operand(weights, like):
 @triton.jit
 def capped(scores, scale, softcap, CAPPED: tl.constexpr):
     """Return `log2(e) * cap(scale * scores)`; tanh(x) is 2 sigmoid(2x) - 1."""
-    scores = scores * scale
+    scores = scores * tl.cast(scale, tl.float32)  # Inductor passes Python floats as fp64
     if CAPPED:
+        softcap = tl.cast(softcap, tl.float32)
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     return scores * LOG2_E
 
@@ -59,7 +60,7 @@ def masked(scores, shown, mask, hidden_below, MASK: tl.constexpr):
         shown = shown & (tl.load(mask, mask=shown, other=0) != 0)
     if MASK == 2:
         bias = tl.load(mask, mask=shown, other=0.0).to(tl.float32)
-        shown = shown & (bias > hidden_below)
+        shown = shown & (bias > tl.cast(hidden_below, tl.float32))
         scores = scores + bias * LOG2_E
     return tl.where(shown, scores, float("-inf"))
 

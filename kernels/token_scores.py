@@ -9,75 +9,36 @@ and `random` rows drawn, seeded, from the others. `accumulated / visible` is the
 old tokens only because more rows can see them.
 
 On a GPU two kernels make two passes over the keys: softmax statistics of every probe row, then column sums. No score is
-ever in memory, and the query heads of one KV head share the keys that they read.
+ever in memory, and the query heads of one KV head share the keys that they read. Inductor compiles the kernels with the
+graph.
 
 Source: ZipVL (arXiv 2410.08584), probe tokens and accumulated / normalised attention scores.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from zipvl_compile.kernels import token_scores_torch as _torch  # noqa: F401  (registers the operator)
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
-from zipvl_compile.kernels.dense_attention import soft_capped
-from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.masks import causal, rows_that_see, seen
-from zipvl_compile.kernels.probe_rows import cached_probe_rows
-from zipvl_compile.kernels.tiles import capped, dot, head_blocks, mask_arguments, masked, strides, unit_stride
+from zipvl_compile.kernels.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.masks import rows_that_see
+from zipvl_compile.kernels.tiles import (
+    capped,
+    dot,
+    head_blocks,
+    mask_arguments,
+    masked,
+    pipelined,
+    strides,
+    unit_stride,
+)  # fmt: skip
 
-MAX_SPLITS = 16  # parts of the keys that pass 1 reads in parallel
+MAX_SPLITS = 32  # parts of the keys that are read in parallel
 PROGRAMS = 1024  # enough to fill a large GPU several times
-BLOCK_SCORES = 1 << 19  # scores that PyTorch computes at a time, 2 MiB
-
-
-def _scores_torch(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
-    rows: torch.Tensor, groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    (batch, query_heads, given, _), (_, kv_heads, n, _), m = q.shape, k.shape, rows.numel()
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
-    limits = rows.tolist()
-    columns = torch.arange(n, device=q.device)
-    probes = (q.index_select(2, rows) if given == n else q).to(dtype) * scale  # [B, Hq, m, D]
-    factor = query_heads // kv_heads
-    # A block of rows whose scores stay in the L2 cache from the product to the sums.
-    step = max(BLOCK_SCORES // (factor * n), 4)
-    space = probes.new_empty(min(step, m) * factor * n)
-    for start in range(0, m, step):
-        block = slice(start, min(start + step, m))
-        at = rows[block]
-        # Causality hides what comes after a block's last row from all of it, and nothing up to its first row.
-        first, end = (limits[start] + 1, limits[block][-1] + 1) if is_causal else (n, n)
-        hidden = ~causal(at, columns[first:end])
-        if mask is not None:
-            part = (mask if mask.shape[2] == 1 else mask.index_select(2, at))[..., :end].expand(batch, -1, -1, -1)
-            may_see = seen(part, at, is_causal)  # [B, H or 1, rows, end]
-        for b, head in itertools.product(range(batch), range(kv_heads)):
-            heads = slice(head * factor, (head + 1) * factor)
-            packed = probes[b, heads, block].flatten(0, 1)  # [factor * rows, D]
-            scores = space[: packed.shape[0] * end].view(-1, end)
-            torch.mm(packed, k[b, head, :end].to(dtype).t(), out=scores)
-            scores = scores.view(factor, -1, end)
-            if softcap is not None:
-                scores.copy_(soft_capped(scores, softcap))
-            if mask is None:
-                scores[..., first:].masked_fill_(hidden, float("-inf"))
-                torch.softmax(scores, -1, out=scores)
-            else:
-                own = slice(None) if mask.shape[1] == 1 else heads
-                if part.is_floating_point():
-                    scores += part[b, own]
-                scores.masked_fill_(~may_see[b, own], float("-inf"))
-                torch.softmax(scores, -1, out=scores)
-                # A row that sees nothing is padding: it gives no score and does not count.
-                scores.masked_fill_(~may_see[b, own].any(-1, keepdim=True), 0.0)
-            accumulated[b, head * groups // kv_heads, :end] += scores.view(-1, end).sum(0)
-    return accumulated / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, dtype)
 
 
 @triton.jit
@@ -151,112 +112,108 @@ def _row_statistics_kernel(
 
 
 @triton.jit
+def _join_statistics_kernel(maxima, sums, norms, count, used, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Base-2 logarithm of the sum of exponentials of every row; infinity for padding, which sees nothing."""
+    r = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    splits = tl.arange(0, SPLITS)
+    inside = (r < count)[:, None] & (splits < used)[None, :]
+    where = r[:, None] * SPLITS + splits[None, :]
+    tops = tl.load(maxima + where, mask=inside, other=float("-inf"))  # [BLOCK, SPLITS]
+    top = tl.max(tops, 1)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.load(sums + where, mask=inside, other=0.0) * tl.exp2(tops - base[:, None]), 1)
+    norm = base + tl.log2(tl.where(total > 0, total, 1.0))
+    tl.store(norms + r, tl.where(total > 0, norm, float("inf")), mask=r < count)
+
+
+@triton.jit
 def _column_sums_kernel(
-    q, k, mask, rows, maxima, sums, out, seen, used, n, m, scale, softcap, hidden_below,
+    q, k, mask, rows, norms, out, n, m, part, scale, softcap, hidden_below,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mq, stride_mk, D,
     KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, COMPACT: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
     MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Attention that the probe rows of one KV head give to each key, and (first head) how many rows see the key."""
+    """Attention that one block of probe rows of a KV head gives to each key of one part."""
     b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q += b * stride_qb + h * FACTOR * stride_qh
     k += b * stride_kb + h * stride_kh
     mask += b * stride_mb + h * FACTOR * stride_mh
-    statistics = tl.program_id(1).to(tl.int64) * FACTOR * m * SPLITS
-    splits = tl.arange(0, SPLITS)
-    weights = tl.zeros([BLOCK_N], tl.float32)
-    count = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, FACTOR * m, BLOCK_M):
-        r = start + tl.arange(0, BLOCK_M)
-        inside = (r < FACTOR * m)[:, None] & (splits < used)[None, :]
-        where = statistics + r[:, None] * SPLITS + splits[None, :]
-        tops = tl.load(maxima + where, mask=inside, other=float("-inf"))  # [M, SPLITS]
-        top = tl.max(tops, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.load(sums + where, mask=inside, other=0.0) * tl.exp2(tops - top[:, None]), 1)
-        tile, at = _probe_tile(q, rows, r, m, FACTOR * m, stride_qh, stride_qn, D, COMPACT, BLOCK_D)
+    tile, at = _probe_tile(q, rows, r, m, FACTOR * m, stride_qh, stride_qn, D, COMPACT, BLOCK_D)
+    inside = r < FACTOR * m
+    norm = tl.load(norms + tl.program_id(1).to(tl.int64) * FACTOR * m + r, mask=inside, other=float("inf"))  # [M]
+    out += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * n
+    first = tl.program_id(2) * part
+    for start in range(first, tl.minimum(first + part, n), BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
         scores = _tile_scores(
             tile, at, r, k, mask, columns, n, m, scale, softcap, hidden_below,
             stride_kn, stride_mh, stride_mq, stride_mk, D, CAUSAL, CAPPED, MASK, ROW, BLOCK_D,
         )  # fmt: skip
-        # A row that sees nothing is padding: total is 0, it gives no score and does not count.
-        share = tl.where(total > 0, 1.0 / total, 0.0)
-        weights += tl.sum(tl.exp2(scores - top[:, None]) * share[:, None], 0)
-        count += tl.sum(((scores > float("-inf")) & (r < m)[:, None]).to(tl.float32), 0)
-    tl.store(out + tl.program_id(1).to(tl.int64) * n + columns, weights, mask=columns < n)
-    if h == 0:
-        tl.store(seen + b * n + columns, count, mask=columns < n)
+        tl.store(out + columns, tl.sum(tl.exp2(scores - norm[:, None]), 0), mask=columns < n)
 
 
-def _scores_triton(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float, softcap: float | None,
-    rows: torch.Tensor, groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    q, k = unit_stride(q), unit_stride(k)
-    (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
-    factor, m = query_heads // kv_heads, rows.numel()
-    block_d = head_blocks(width)
-    row_bytes = block_d * q.element_size()
-    block_m, block_n = (64, 128) if row_bytes <= 128 else (64, 64)
-    if q.dtype == torch.float32 and block_d >= 128:  # multiplied without tensor cores, from registers
-        block_m, block_n = (32, 16) if block_d == 128 else (16, 16)
-    blocks = triton.cdiv(factor * m, block_m)
-    splits = min(max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
-    part = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
-    used = triton.cdiv(n, part)
-    statistics = torch.empty(2, batch, kv_heads, factor * m, MAX_SPLITS, dtype=torch.float32, device=q.device)
-    weights = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=q.device)
-    seen = torch.empty(batch, n, dtype=torch.float32, device=q.device)
-    common = {
-        "n": n, "m": m, "scale": scale, "softcap": softcap or 0.0,
-        **strides(q=q, k=k), "D": width, **mask_arguments(mask, q),
-        "KV_HEADS": kv_heads, "FACTOR": factor, "COMPACT": given != n, "CAUSAL": is_causal,
-        "CAPPED": softcap is not None, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
-        "SPLITS": MAX_SPLITS, "num_warps": 4, "num_stages": 2,
-    }  # fmt: skip
-    common |= {"q": q, "k": k, "rows": rows, "maxima": statistics[0], "sums": statistics[1]}
-    launchable(_row_statistics_kernel, q)[(blocks, batch * kv_heads, used)](**common, part=part)
-    launchable(_column_sums_kernel, q)[(triton.cdiv(n, block_n), batch * kv_heads)](
-        **common, used=used, out=weights, seen=seen
-    )
-    if mask is not None and mask.shape[1] > 1:  # the kernel counts for the first head
-        seen = rows_that_see(mask, rows, is_causal, batch, n, torch.float32)
-    per_group = query_heads // groups
-    return weights.view(batch, groups, kv_heads // groups, n).sum(2) / per_group, seen
+def _tiling(dtype: torch.dtype, block_d: int, rows: int) -> dict[str, int]:
+    """Return probe rows and keys of a tile, warps and stages, for at most `rows` packed probe rows."""
+    if dtype == torch.float32:  # multiplied without tensor cores, from registers
+        m, n = (64, 64) if block_d < 128 else (32, 16) if block_d == 128 else (16, 16)
+        return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2}
+    if block_d > 128 or rows <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": pipelined(3 if block_d <= 128 else 2)}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": pipelined(3)}
 
 
-@torch.library.custom_op("zipvl::token_scores", mutates_args=())
+@torch.library.triton_op("zipvl::token_scores", mutates_args=())
 def _token_scores(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
     softcap: float | None, recent: int, random: int, seed: int, groups: int, use: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if not is_traced(q):
+        _check(q, k, mask, recent, random, groups)
+    (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
+    if not use_triton("token_scores", use, q, k) or q.numel() == 0 or k.numel() == 0:
+        return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)
+    q, k = unit_stride(q), unit_stride(k)
+    rows = torch.ops.zipvl.probe_positions(k, recent, random, seed)
+    factor, m = query_heads // kv_heads, rows.shape[0]
+    block_d = head_blocks(width)
+    tiling = _tiling(q.dtype, block_d, factor * (recent + random))
+    block_n = tiling["BLOCK_N"]
+    blocks = (factor * m + tiling["BLOCK_M"] - 1) // tiling["BLOCK_M"]
+    splits = torch.sym_min(torch.sym_max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
+    part = ((n + splits - 1) // splits + block_n - 1) // block_n * block_n
+    used = (n + part - 1) // part
+    count = batch * query_heads * m
+    maxima, sums = (q.new_empty(count, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
+    norms = q.new_empty(count, dtype=torch.float32)
+    weights = q.new_empty(batch, groups, kv_heads // groups * blocks, n, dtype=torch.float32)
+    common = {
+        "n": n, "m": m, "part": part, "scale": width**-0.5 if scale is None else scale, "softcap": softcap or 0.0,
+        **strides(q=q, k=k), "D": width, **mask_arguments(mask, q),
+        "KV_HEADS": kv_heads, "FACTOR": factor, "CAUSAL": is_causal, "CAPPED": softcap is not None,
+        "COMPACT": not statically_known_true(given == n), "BLOCK_D": block_d, **tiling,
+    }  # fmt: skip
+    common |= {"q": q, "k": k, "rows": rows}
+    grid = (blocks, batch * kv_heads, used)
+    launchable(_row_statistics_kernel, q)[grid](**common, maxima=maxima, sums=sums, SPLITS=MAX_SPLITS)
+    launchable(_join_statistics_kernel, q)[((count + 127) // 128,)](
+        maxima, sums, norms, count, used, SPLITS=MAX_SPLITS, BLOCK=128, num_warps=4
+    )
+    launchable(_column_sums_kernel, q)[grid](**common, norms=norms, out=weights)
+    return weights.sum(2) / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, torch.float32)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, recent: int, random: int, groups: int) -> None:
     check_attention_inputs("token_scores", q, k, None)
-    batch, _, given, _ = q.shape
-    kv_heads, n = k.shape[1], k.shape[2]
+    given, kv_heads, n = q.shape[2], k.shape[1], k.shape[2]
     check_mask("token_scores", mask, q, n, n)
-    rows = cached_probe_rows(n, recent, random, seed, q.device)  # [m]
-    if given not in (n, rows.numel()):
+    if given not in (n, min(n, recent + random)):
         fail(
-            "token_scores", "q", f"{n} tokens, like k, or the {rows.numel()} probe rows", given,
+            "token_scores", "q", f"{n} tokens, like k, or the {min(n, recent + random)} probe rows", given,
             "Only a prefill of a whole prompt is scored.",
         )  # fmt: skip
     if kv_heads % groups != 0:
         fail("token_scores", "groups", f"a divisor of {kv_heads} KV heads", groups, "Use 1 or the KV head count.")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if batch == 0 or n == 0:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_zeros(batch, groups, n, dtype=dtype), q.new_zeros(batch, n, dtype=dtype)
-    run = _scores_triton if use_triton("token_scores", use, q, k) else _scores_torch
-    return run(q, k, mask, is_causal, scale, softcap, rows, groups)
-
-
-@_token_scores.register_fake
-def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, use="auto"):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, n = q.shape[0], k.shape[2]
-    return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
 
 
 def token_scores(

@@ -157,6 +157,7 @@ def attend_last(attention: Node, before: Node) -> Node:
     query, keys, values, positions, mask, _, scale, softcap, all_queries = args_of(attention)
     scored_keys = args_of(args_of(args_of(positions)[0])[0])[1]  # [B, Hkv, n, D]
     n = size(scored_keys, 2, before)
+    mask = args_of(mask)[0] if is_call(mask, ops.hiding_rows) else mask  # decoding reads the padding row itself
     if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
         mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), _LAST)))
     last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), _LAST)))

@@ -28,6 +28,8 @@ from zipvl_compile.passes.graph_edit import erase_unread, example, insert_call, 
 from zipvl_compile.passes.index_formula import BATCH, KEY, QUERY, Formula, is_condition
 from zipvl_compile.passes.index_rules import formula_of
 
+ops = torch.ops.zipvl
+
 HIDDEN_BELOW = -1e4  # an additive mask hides with -inf or finfo.min; models of old write -10000
 
 
@@ -152,6 +154,7 @@ class CanonicalMasks:
     def __init__(self) -> None:
         self._forms: dict[tuple[Node, bool], MaskForm] = {}
         self._made: dict[tuple[Node, bool], Node | None] = {}
+        self._hiding: dict[Node, Node] = {}
 
     def form(self, site: AttentionSite) -> MaskForm:
         """Return what the site's mask and causal flag compute together."""
@@ -179,6 +182,15 @@ class CanonicalMasks:
         causal = "causal" in form.parts and not form.needs_matrix
         return self._made[key], site.is_causal or causal
 
+    def hiding(self, site: AttentionSite) -> tuple[Node | None, bool]:
+        """Do `insert`, and let a padding row that hides nothing become a mask of 0 samples when the graph runs."""
+        rows, is_causal = self.insert(site)
+        if rows is None or self._form(site.mask, site.mask_hides).needs_matrix:
+            return rows, is_causal
+        if rows not in self._hiding:
+            self._hiding[rows] = insert_call(rows.next, ops.hiding_rows.default, (rows,))
+        return self._hiding[rows], is_causal
+
     def erase_unread(self) -> None:
         """Erase the nodes of masks that nobody reads any more. Those inside a vmap stay: its calls come in pairs."""
         for form in self._forms.values():
@@ -192,8 +204,11 @@ def _smallest(form: MaskForm, site: AttentionSite) -> Node | None:
         return four_axes(site.mask, site.node, site.mask_hides)
     if form.padding is None:
         return None
-    row = insert_call(site.node, torch.gt if form.positive else torch.ne, (form.padding, 0))
-    return insert_call(site.node, operator.getitem, (row, (slice(None), None, None, slice(None))))
+    before = form.padding.next  # early: hiding_rows makes the host wait for it, so nothing else should come first
+    while before.op == "placeholder":
+        before = before.next
+    row = insert_call(before, torch.gt if form.positive else torch.ne, (form.padding, 0))
+    return insert_call(before, operator.getitem, (row, (slice(None), None, None, slice(None))))
 
 
 def four_axes(mask: Node, before: Node, hides: bool) -> Node:

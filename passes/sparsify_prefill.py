@@ -206,7 +206,7 @@ def select(site: AttentionSite, marker: Node, mask: tuple[Node | None, bool], ch
 def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: bool) -> None:
     """Put attention among the kept tokens in the place of the site's dense attention."""
     if _reads_whole_prompt(site):
-        rows, is_causal = masks.insert(site)
+        rows, is_causal = masks.hiding(site)
         target = ops.sparse_attention.default
         where: tuple = (kept.positions, rows, is_causal, site.scale, site.softcap, all_queries)
     else:  # a reader of shared KV that has the newest queries only: it attends as if it decoded

@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses import FakeTensorMode
 from functorch.compile import make_boxed_func
 from triton.backends.compiler import GPUTarget
-from zipvl_compile.kernels import append_tokens, decode_attention
+from zipvl_compile.kernels import append_tokens, decode_attention, token_scores
 
 class Driver:  # Inductor asks which GPU there is, to see what a kernel writes
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -28,6 +28,10 @@ class Step(torch.nn.Module):
         ops.append_tokens(keys, values, k, v, 17)
         return (ops.decode_attention(q, keys, values, positions, 32, 40, mask, None, None),)
 
+class Scores(torch.nn.Module):
+    def forward(self, q, k, mask):
+        return ops.token_scores(q, k, mask, True, None, None, 64, 64, 0, 1)
+
 def show(graph, inputs):
     for node in graph.graph.nodes:
         if node.op == "call_function":
@@ -40,6 +44,10 @@ with FakeTensorMode(), torch.no_grad():
     inputs = (new(2, 8, 1, 64), new(2, 2, 64, 64), new(2, 2, 64, 64), new(2, 2, 1, 64), new(2, 2, 1, 64),
               new(2, 1, 10, dtype=torch.int64), new(2, 1, 1, 40, dtype=torch.bool))
     aot_module_simplified(Step(), inputs, fw_compiler=show)
+    for given in (500, 128):
+        print("scores")
+        inputs = new(2, 8, given, 64), new(2, 2, 500, 64), new(2, 1, 1, 500, dtype=torch.bool)
+        aot_module_simplified(Scores(), inputs, fw_compiler=show)
 """
 
 
@@ -55,10 +63,25 @@ def test_every_kernel_compiles_for_every_target_and_fits():
     assert " 0 failed" in done.stdout
 
 
-def test_decoding_on_a_gpu_is_kernels_in_the_graph_that_copy_no_cache():
+@pytest.fixture(scope="module")
+def traced():
+    """What the tests below read: the calls of a decode step's graph, and of the graphs of two scorings."""
     done = python("-c", TRACE)
     assert done.returncode == 0, done.stderr[-3000:]
-    launches = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("triton_kernel_wrapper")]
+    return [graph.splitlines() for graph in done.stdout.split("scores\n")]
+
+
+def launches(graph):
+    return [line.split(" ", 1)[1] for line in graph if line.startswith("triton_kernel_wrapper")]
+
+
+def test_decoding_on_a_gpu_is_kernels_in_the_graph_that_copy_no_cache(traced):
     # What a launch may write; the cache is written by the append alone.
-    assert launches == ["['keys', 'values']", "['partial', 'tops', 'totals']", "['out']"], done.stdout
-    assert "zipvl" not in done.stdout, "no operator is left for Python to dispatch"
+    assert launches(traced[0]) == ["['keys', 'values']", "['partial', 'tops', 'totals']", "['out']"], traced[0]
+    assert "zipvl" not in str(traced[0]), "no operator is left for Python to dispatch"
+
+
+def test_scoring_on_a_gpu_is_kernels_in_the_graph(traced):
+    for graph in traced[1:]:
+        assert launches(graph) == ["['maxima', 'sums']", "['norms']", "['out']"], graph
+        assert {line.split(" ", 1)[0] for line in graph if "zipvl" in line} == {"zipvl.probe_positions.default"}

@@ -88,8 +88,7 @@ def test_every_tiling_gives_the_same(shape, dtype):
     positions = choose(q.shape[0], 1, q.shape[2], p)
     results = [
         _attend_triton(
-            q, spared(k, positions), spared(v, positions), positions, mask, is_causal, None, None, False,
-            q.new_empty(*q.shape[:3], v.shape[3]), tiling,
+            q, spared(k, positions), spared(v, positions), positions, mask, is_causal, None, None, False, tiling
         )
         for tiling in tilings(q, v, mask is not None)
     ]  # fmt: skip
