@@ -97,12 +97,13 @@ def cases() -> dict[str, Callable[[], object]]:
                 n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), use="triton"
             ),
         }
-        for tiling in _attend.tilings(q, v, masked=False):
+        for tiling in _attend.tilings(q, v, None):
             made[f"{name}, causal, {tiling}"] = attend(q, None, True, False, tiling)
-        for tiling in _attend.tilings(q, v, masked=True):
+        for tiling in _attend.tilings(q, v, row):
             made[f"{name}, causal + padding row, {tiling}"] = attend(q, row, True, False, tiling)
+        for tiling in _attend.tilings(q, v, full):
             made[f"{name}, additive mask, {tiling}"] = attend(q, full, False, False, tiling)
-        best = _attend.tilings(q, v, masked=False)[0]
+        best = _attend.tilings(q, v, None)[0]
         made[f"{name}, causal, kept queries only"] = attend(q[:, :, :256].contiguous(), None, True, False, best)
         made[f"{name}, causal, all queries"] = attend(q, None, True, True, best)
     for n in (1024, 8192, 16384, 32768):

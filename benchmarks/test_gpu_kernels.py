@@ -65,7 +65,7 @@ def test_sparse_attention(p):
         "kept queries, padding": lambda: sparse_attention(narrow, k, v, positions, row),
         "all queries in and out": lambda: sparse_attention(q, k, v, positions),
     }
-    for tiling in tilings(q, v, masked=False):
+    for tiling in tilings(q, v, None):
         variants[f"triton {tiling}"] = lambda tiling=tiling: _attend_triton(
             narrow, k, v, positions, None, True, None, None, False, tiling
         )

@@ -125,10 +125,11 @@ def _decode_kernel(
         if MASK != 0:  # the mask knows tokens by where they stand in the sequence
             kept = tl.load(positions + column, mask=column < P, other=0)
             where = tl.where(column < P, kept, wide - P + prompt)
-            pointers = mask + head[:, None] * stride_mh + where[None, :] * stride_mk
-            if not ROW:
-                pointers += token[:, None] * stride_mq
-        scores = masked(scores, exists[None, :] & inside[:, None], pointers, hidden_below, MASK)
+            if ROW:
+                pointers = mask + where * stride_mk
+            else:
+                pointers = mask + head[:, None] * stride_mh + token[:, None] * stride_mq + where[None, :] * stride_mk
+        scores = masked(scores, exists[None, :] & inside[:, None], exists, pointers, hidden_below, MASK, ROW)
         v = tl.load(
             values + wide[:, None] * stride_vn + dv[None, :], mask=exists[:, None] & (dv < DV)[None, :], other=0.0
         )

@@ -7,10 +7,16 @@ PyTorch's scaled_dot_product_attention computes it, except for the softcap (Gemm
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipvl_compile.kernels.masks import visible
+
+# Not cuDNN, which builds a plan, for tens of milliseconds, at every length that it meets.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def soft_capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -32,13 +38,17 @@ def dense_attention(
     `mask` is bool or additive, `[B or 1, Hq or 1, m or 1, n]`, and excludes `is_causal`. A query that sees nothing
     gets zeros.
     """
+    factor = q.shape[1] // k.shape[1]
     if softcap is None:
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    factor, dtype = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        if q.is_cuda and mask is not None and factor > 1:  # the only kernel there that takes a mask wants equal heads
+            k, v = (x.repeat_interleave(factor, 1) for x in (k, v))
+        with sdpa_kernel(_BACKENDS) if q.is_cuda else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+    dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if is_causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]

@@ -10,35 +10,21 @@ import contextlib
 import logging
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger("zipvl_compile")
 Candidates = dict[str, Callable[[], torch.Tensor]]
 _winners: dict[Hashable, str] = {}
 ROUNDS = 5
-_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def bucket(tokens: int) -> int:
     """Return `tokens` rounded up to a power of two or one and a half times that: lengths of a kind share a winner."""
     power = 1 << max(tokens - 1, 1).bit_length()
     return power * 3 // 4 if tokens <= power * 3 // 4 else power
-
-
-def sdpa_backends(attend: Callable[[], torch.Tensor]) -> Candidates:
-    """Return `attend` with PyTorch's own choice of scaled_dot_product_attention backend, and with each one forced."""
-
-    def forced(backend: SDPBackend) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return attend()
-
-        return run
-
-    return {"torch": attend} | {f"torch {backend.name.lower()}": forced(backend) for backend in _BACKENDS}
 
 
 def run(key: Hashable, candidates: Candidates) -> torch.Tensor:
@@ -63,7 +49,9 @@ def measure(candidates: Candidates) -> dict[str, float]:
     """Return the median time in seconds of every candidate that runs; they run in turn, after one warm-up each."""
     times: dict[str, list[float]] = {}
     for name, candidate in candidates.items():
-        with contextlib.suppress(RuntimeError):  # "No available kernel": this backend does not take these inputs
+        # "No available kernel": this backend does not take these inputs, and warns of each reason.
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             candidate()
             times[name] = []
     for _ in range(ROUNDS):

@@ -1,6 +1,6 @@
 """KV compaction: copy the kept tokens into a buffer of their own, with spare room for decoding.
 
-    out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  the `spare` rows after that are unwritten
+    out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  0 in the `spare` rows after that
 
 The copy is what frees memory: nothing of the full-length tensor stays alive.
 `with_room` copies what was computed for the kept tokens only, and all of them where a layer keeps every token.
@@ -38,13 +38,13 @@ def token_positions(k: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _copy_rows(x, out, at, stride_n, rows, inside, valid, D, BLOCK_D: tl.constexpr):
+def _copy_rows(x, out, at, stride_n, rows, inside, valid, capacity, D, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
-    ok = inside[:, None] & (d < D)[None, :]
     source = x + at[:, None] * stride_n + d[None, :]
     target = out + rows[:, None] * D + d[None, :]
     # A position outside the prompt gives NaN, which nobody overlooks.
-    tl.store(target, tl.load(source, mask=ok & valid[:, None], other=float("nan")), mask=ok)
+    found = tl.load(source, mask=(inside & valid)[:, None] & (d < D)[None, :], other=float("nan"))
+    tl.store(target, tl.where(inside[:, None], found, 0.0), mask=(rows < capacity)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -62,10 +62,10 @@ def _gather_kernel(
     valid = (at >= 0) & (at < n)
     first = tl.program_id(1).to(tl.int64) * capacity  # row of the head in the new buffers
     k += b * stride_kb + h * stride_kh
-    _copy_rows(k, keys + first * D, at, stride_kn, rows, inside, valid, D, BLOCK_D)
+    _copy_rows(k, keys + first * D, at, stride_kn, rows, inside, valid, capacity, D, BLOCK_D)
     if BLOCK_DV > 0:
         v += b * stride_vb + h * stride_vh
-        _copy_rows(v, values + first * DV, at, stride_vn, rows, inside, valid, DV, BLOCK_DV)
+        _copy_rows(v, values + first * DV, at, stride_vn, rows, inside, valid, capacity, DV, BLOCK_DV)
 
 
 def _gather_triton(
@@ -76,12 +76,18 @@ def _gather_triton(
     batch, heads, n, width = k.shape
     p = positions.shape[2]
     of_v, width_v = (k, 0) if v is None else (v, v.shape[3])
-    launchable(_gather_kernel, k)[(triton.cdiv(p, ROWS), batch * heads)](
+    launchable(_gather_kernel, k)[(triton.cdiv(keys.shape[2], ROWS), batch * heads)](
         k, of_v, keys, keys if values is None else values, positions, *k.stride()[:3], *of_v.stride()[:3],
         n, p, keys.shape[2], width, width_v,
         HEADS=heads, GROUPS=positions.shape[1], BLOCK_D=triton.next_power_of_2(width),
         BLOCK_DV=triton.next_power_of_2(width_v) if width_v else 0, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
+
+
+def _gather_torch(x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    p = positions.shape[2]
+    take_rows(x, positions, out[:, :, :p])
+    out[:, :, p:] = 0
 
 
 @torch.library.custom_op("zipvl::gather_tokens", mutates_args=())
@@ -91,7 +97,7 @@ def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: st
     if out.numel() and use_triton("gather_tokens", use, x):
         _gather_triton(x, None, positions, out, None)
     else:
-        take_rows(x, positions, out[:, :, : positions.shape[2]])
+        _gather_torch(x, positions, out)
     return out
 
 
@@ -107,8 +113,8 @@ def _gather_kv(
     if keys.numel() and values.numel() and use_triton("gather_kv", use, k, v):
         _gather_triton(k, v, positions, keys, values)
     else:
-        take_rows(k, positions, keys[:, :, : positions.shape[2]])
-        take_rows(v, positions, values[:, :, : positions.shape[2]])
+        _gather_torch(k, positions, keys)
+        _gather_torch(v, positions, values)
     return keys, values
 
 
@@ -138,11 +144,11 @@ def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, use:
     Args:
         x: keys or values `[B, H, n, D]`.
         positions: int64 `[B, G, P]`, each in [0, n); `G` divides `H`.
-        spare: unwritten rows after the kept ones, in tokens.
+        spare: rows of zeros after the kept ones, in tokens.
         use: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
-        `[B, H, P + spare, D]`, same dtype; rows from `P` on hold undefined values.
+        `[B, H, P + spare, D]`, same dtype.
 
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a position outside [0, n).

@@ -23,7 +23,7 @@ import triton.language as tl
 from zipvl_compile.kernels import fastest, tiles
 from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail
 from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
+from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, attend_torch, empty_output
 from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
@@ -63,11 +63,9 @@ def _attend_columns(
         if EDGE and CAUSAL:
             shown = shown & (where[None, :] <= at[:, None] if QUERIES == 2 else column[None, :] <= row[:, None])
         if MASK != 0:
-            pointers = mask + where[None, :] * stride_mk
-            if not ROW:
-                pointers += at[:, None] * stride_mq
+            pointers = mask + where * stride_mk if ROW else mask + at[:, None] * stride_mq + where[None, :] * stride_mk
         if EDGE or MASK != 0:
-            scores = masked(scores, shown, pointers, hidden_below, MASK)
+            scores = masked(scores, shown, exists, pointers, hidden_below, MASK, ROW)
         values = tl.load(
             v + wide[:, None] * stride_vn + dv[None, :], mask=exists[:, None] & (dv < DV)[None, :], other=0.0
         )
@@ -137,11 +135,13 @@ def _sparse_attention_kernel(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :])
 
 
-def tilings(q: torch.Tensor, v: torch.Tensor, masked: bool) -> list[tuple[int, int, int, int]]:
+def tilings(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[int, int, int, int]]:
     """Return the tilings worth trying, best guess first: queries and keys of a tile, warps, stages.
 
-    docs/kernels.md shows that these fit: a mask takes registers, and fp32 is multiplied without tensor cores.
+    docs/kernels.md shows that these fit: a mask with a row per query takes registers, and fp32 is multiplied without
+    tensor cores.
     """
+    masked = mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1)
     width = max(tiles.head_blocks(q.shape[3]), tiles.head_blocks(v.shape[3]))
     if q.dtype == torch.float32:
         return [(64, 32, 4, 2)] if width <= 64 else [(32, 16, 4, 2)] if width <= 128 else [(16, 16, 4, 1)]
@@ -197,6 +197,7 @@ def _sparse_attention(
     rows = min(k.shape[2], v.shape[2])
     if rows < p:
         fail("sparse_attention", "k, v", f"at least {p} kept tokens", rows, "Gather them with these positions.")
+    buffers = k, v
     k, v = k[:, :, :p], v[:, :, :p]
     check_attention_inputs("sparse_attention", q, k, v)
     check_mask("sparse_attention", mask, q, n, n)
@@ -205,14 +206,17 @@ def _sparse_attention(
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n)
     if not use_triton("sparse_attention", use, q, k, v):
         return attend_torch(*arguments)
-    tried = tilings(q, v, masked=mask is not None)
+    tried = tilings(q, v, mask)
     by_tiling = {f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tried}
     if use == "triton":
         return next(iter(by_tiling.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
     shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
     key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
-    return fastest.run(key, by_tiling | fastest.sdpa_backends(functools.partial(attend_torch, *arguments)))
+    candidates = by_tiling | {"torch": functools.partial(attend_torch, *arguments)}
+    if mask is None and is_causal and softcap is None and not arguments[8]:
+        candidates["cudnn"] = functools.partial(attend_cudnn, q, *buffers, positions, scale)
+    return fastest.run(key, candidates)
 
 
 @_sparse_attention.register_fake
@@ -237,7 +241,8 @@ def sparse_attention(
 
     Args:
         q: queries of every token `[B, Hq, n, D]`, or of the kept ones only `[B, Hq, P, D]`.
-        k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`; only the first `P` rows are read.
+        k, v: kept keys `[B, Hkv, >= P, D]` and values `[B, Hkv, >= P, Dv]`. Rows after the first `P` have no effect,
+            but on a GPU those of `v` must be finite, as what gather_tokens and with_room return.
         positions: int64 `[B, G, P]`, ascending, where the kept tokens stand in the prompt.
         mask: over the whole prompt, bool or additive float, `[B or 1, Hq or 1, n or 1, n]`; one of 0 samples, which
             `hiding_rows` may return, hides nothing.

@@ -1,11 +1,15 @@
 """sparse_attention in plain PyTorch: gather the kept queries, attend, put the results into their rows.
 
-The attention is scaled_dot_product_attention, so on a GPU this is also how its vendor's kernels come in.
+The attention is scaled_dot_product_attention, so on a GPU this is also how its vendor's kernels come in. cuDNN's is the
+fastest on Hopper, but it builds a plan for every length that it meets, which takes tens of milliseconds, and with tau
+every layer of every prompt has a length of its own. So lengths are rounded up, by a sixteenth at most.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipvl_compile.kernels.checks import per_head
 from zipvl_compile.kernels.dense_attention import dense_attention
@@ -55,3 +59,41 @@ def attend_torch(
 def _hide(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
     """Return `mask` with everything outside `shown` hidden, in the form that `mask` has."""
     return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
+
+
+def plan_length(p: int) -> int:
+    """Return `p` rounded up to one of sixteen lengths an octave, in steps of at most 1024 (tokens).
+
+    The step is at most the spare room of a cache, so that its buffers hold as many rows.
+    """
+    step = 1 << min(max(p.bit_length() - 5, 0), 10)
+    return (p + step - 1) // step * step
+
+
+def attend_cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Attend causally among the kept tokens by cuDNN. Later rows hide behind the causal mask, whatever `k` holds there.
+
+    Args:
+        q: `[B, Hq, n or P, D]`.
+        k, v: `[B, Hkv, >= P, D]`, `[B, Hkv, >= P, Dv]`, with finite rows after the first `P`.
+        positions: int64 `[B, G, P]`.
+        scale: of the scores; None is `D ** -0.5`.
+    """
+    batch, heads, m, width = q.shape
+    p = positions.shape[2]
+    length = plan_length(p)
+    k, v = (x[:, :, :length] if x.shape[2] >= length else F.pad(x[:, :, :p], (0, 0, 0, length - p)) for x in (k, v))
+    queries = q
+    if m != length:
+        queries = q.new_empty(batch, length, heads, width).transpose(1, 2)
+        if m == p:
+            queries[:, :, :p] = q
+        else:
+            take_rows(q, positions, queries[:, :, :p])
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        kept = F.scaled_dot_product_attention(
+            queries, k, v, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1]
+        )[:, :, :p]
+    return _laid_out(kept) if m == p else put_rows(kept, positions, empty_output(q, v).zero_())

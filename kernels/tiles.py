@@ -46,22 +46,29 @@ def capped(scores, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, shown, mask, hidden_below, MASK: tl.constexpr):
+def masked(scores, shown, inside, mask, hidden_below, MASK: tl.constexpr, ROW: tl.constexpr):
     """Hide and shift a tile of scores.
 
     Args:
         scores: `[M, N]`, base-2.
         shown: bool, broadcasts to `[M, N]`: what is inside the tensors and causally visible.
-        mask: pointers `[M, N]`, or `[1, N]` where all queries share a row.
+        inside: bool `[N]`, which keys exist.
+        mask: pointers `[M, N]`, or `[N]` where all queries share a row.
         hidden_below: an additive mask hides below this value.
         MASK: 0 none, 1 bool, 2 additive.
+        ROW: all queries of the tile share a row, which is read once.
     """
-    if MASK == 1:
-        shown = shown & (tl.load(mask, mask=shown, other=0) != 0)
-    if MASK == 2:
-        bias = tl.load(mask, mask=shown, other=0.0).to(tl.float32)
-        shown = shown & (bias > tl.cast(hidden_below, tl.float32))
-        scores = scores + bias * LOG2_E
+    if MASK != 0:
+        if ROW:
+            given = tl.load(mask, mask=inside, other=0)[None, :]
+        else:
+            given = tl.load(mask, mask=shown & inside[None, :], other=0)
+        if MASK == 1:
+            shown = shown & (given != 0)
+        else:
+            given = given.to(tl.float32)
+            shown = shown & (given > tl.cast(hidden_below, tl.float32))
+            scores = scores + given * LOG2_E
     return tl.where(shown, scores, float("-inf"))
 
 
@@ -80,7 +87,7 @@ def mask_arguments(mask: torch.Tensor | None, q: torch.Tensor) -> dict:
     """Return the kernel arguments of `mask [B or 1, Hq or 1, queries or 1, keys]`: pointer, strides and kind.
 
     An axis that broadcasts has stride 0; the mask itself is passed as it is, since a compiler that sees an expanded
-    tensor is free to lay it out in another way. `ROW` says that all queries share one row.
+    tensor is free to lay it out in another way. `ROW` says that the queries of all heads share one row.
     """
     if mask is None:
         steps, low, kind = [0] * 4, 0.0, NO_MASK
@@ -89,7 +96,7 @@ def mask_arguments(mask: torch.Tensor | None, q: torch.Tensor) -> dict:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
         low = 0.0 if kind == BOOL_MASK else max(torch.finfo(mask.dtype).min / 2, -1e38)
     arguments = {f"stride_m{axis}": step for axis, step in zip("bhqk", steps, strict=True)}
-    row = mask is None or mask.shape[2] == 1
+    row = mask is None or (mask.shape[1] == 1 and mask.shape[2] == 1)
     return arguments | {"mask": q if mask is None else mask, "hidden_below": low, "MASK": kind, "ROW": row}
 
 

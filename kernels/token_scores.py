@@ -69,10 +69,13 @@ def _tile_scores(
     shown = inside[None, :] & (at >= 0)[:, None]
     if CAUSAL:
         shown = shown & (columns[None, :] <= at[:, None])
-    pointers = mask + (r // m).to(tl.int64)[:, None] * stride_mh + columns.to(tl.int64)[None, :] * stride_mk
-    if not ROW:
-        pointers += at[:, None] * stride_mq
-    return masked(scores, shown, pointers, hidden_below, MASK)
+    wide = columns.to(tl.int64)
+    if ROW:
+        pointers = mask + wide * stride_mk
+    else:
+        row = (r // m).to(tl.int64) * stride_mh + at * stride_mq
+        pointers = mask + row[:, None] + wide[None, :] * stride_mk
+    return masked(scores, shown, inside, pointers, hidden_below, MASK, ROW)
 
 
 @triton.jit

@@ -10,6 +10,12 @@ probe rows; the lower-case words are seconds per unit, measured on the machine a
 computes on the causal diagonal and throws away. Projections that `prune_projections` narrows only add to the gain;
 they are left out, since it may find nothing to prune.
 
+A GPU works while the host prepares what comes next. There, `site` is what the GPU itself loses, and the `host` time of
+a site counts only as far as the layer leaves the GPU too little to do meanwhile: a decoder block multiplies about
+12 (Hq D)^2 numbers per token besides attention.
+
+    sparse + max(host - 12 product B (Hq D)^2 n, 0)
+
 A break-even length is the largest root of (1 + slack) dense - sparse, a quadratic in n. It becomes a guard of the
 compiled graph.
 """
@@ -25,8 +31,8 @@ import sympy
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
 every = sympy.symbols("every", nonnegative=True)  # 1 where every query attends, else 0
-attend, edge, multiply, score, token, byte, site = sympy.symbols(
-    "attend edge multiply score token byte site", nonnegative=True
+attend, edge, multiply, score, token, byte, site, host, product = sympy.symbols(
+    "attend edge multiply score token byte site host product", nonnegative=True
 )
 
 DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n)
@@ -36,6 +42,8 @@ SPARSE = site + B * (
     + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
     + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
 )
+MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
+WAIT = sympy.Max(host - MEANWHILE, 0)
 NEVER = 1 << 62  # tokens
 
 
@@ -74,6 +82,8 @@ class Machine:
         token: of selecting among the scores, per prompt token.
         byte: of gathering, per byte.
         site: of one sparse attention, whatever its size.
+        host: of the host for a sparse attention, beyond that for a dense one; 0 where the host does the work itself.
+        product: of one multiply-add of a large matrix product; where `host` is 0, it has no effect.
     """
 
     attend: float
@@ -83,10 +93,12 @@ class Machine:
     token: float
     byte: float
     site: float
+    host: float = 0.0
+    product: float = 0.0
 
 
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
-    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, edge, multiply, score, token, byte, site)
+    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, edge, multiply, score, token, byte, site, host, product)
     return dict(zip(symbols, map(float, (*astuple(shape), *astuple(machine))), strict=True))
 
 
@@ -98,7 +110,18 @@ def break_even(shape: AttentionShape, machine: Machine, kept: float, slack: floa
         kept: fraction of the tokens that the layer is expected to keep, in (0, 1].
         slack: by how much sparse attention may be slower all the same, a fraction of the time of dense attention.
     """
-    gain = sympy.Poly(((1 + slack) * DENSE - SPARSE).subs(_values(shape, machine) | {r: kept}), n)
+    values = _values(shape, machine) | {r: kept}
+    gain = ((1 + slack) * DENSE - SPARSE).subs(values)
+    hidden = _from(gain)  # where the host's time is
+    if machine.host:
+        busy = machine.host / float(MEANWHILE.subs(values | {n: 1})) if machine.product else NEVER
+        hidden = min(max(hidden, math.ceil(min(busy, NEVER))), _from(gain - machine.host))
+    return hidden
+
+
+def _from(gain: sympy.Expr) -> int:
+    """Return from which n on `gain`, quadratic in n, is not negative."""
+    gain = sympy.Poly(gain, n)
     if gain.degree() < 2 or gain.LC() <= 0:
         return NEVER
     roots = [float(root) for root in gain.nroots() if root.is_real]
@@ -113,4 +136,4 @@ def seconds(shape: AttentionShape, machine: Machine, tokens: int, kept: float) -
         kept: fraction of the tokens that the layer keeps, in (0, 1].
     """
     given = _values(shape, machine) | {n: tokens, r: kept}
-    return float(DENSE.subs(given)), float(SPARSE.subs(given))
+    return float(DENSE.subs(given)), float((SPARSE + WAIT).subs(given))

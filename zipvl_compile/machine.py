@@ -1,6 +1,6 @@
 """The speed of this machine, measured once per device and dtype, for the cost model.
 
-Takes a few tenths of a second on a CPU; a compile takes many times that.
+Takes a few tenths of a second; a compile takes many times that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,8 +20,21 @@ from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.token_scores import token_scores
 from zipvl_compile.passes.cost_model import Machine
 
-_HEADS, _WIDTH, _PROBES = 8, 64, 128
-_SMALL, _LARGE = {"cpu": (128, 2048)}, (512, 8192)  # prompt lengths that are measured (tokens)
+_PROBES = 128
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is measured: enough that the device is busy, and little enough that it takes less than a second."""
+
+    heads: int
+    width: int
+    small: int  # prompt lengths (tokens)
+    large: int
+
+
+_SIZES = {"cpu": _Sizes(8, 64, 128, 2048)}
+_OTHER = _Sizes(32, 128, 512, 8192)
 _ROUNDS = 7
 
 
@@ -40,43 +54,51 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Machine
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    small, large = _SMALL.get(device.type, _LARGE)
+    sizes = _SIZES.get(device.type, _OTHER)
+    heads, width, small, large = sizes.heads, sizes.width, sizes.small, sizes.large
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    q, k, v = (draw(1, _HEADS, large, _WIDTH) for _ in range(3))
+    q, k, v = (draw(1, heads, large, width) for _ in range(3))
     positions = torch.arange(0, large, 2, device=device).repeat(1, 1, 1)
     scores = token_scores(q, k)
     attention = torch.nn.functional.scaled_dot_product_attention
-    probes, width = draw(_HEADS, _PROBES, _WIDTH).float(), k[0].float().transpose(1, 2).contiguous()
+    of_scores = dtype if device.type == "cuda" else torch.float32  # in which scores are multiplied
+    probes, keys = draw(heads, _PROBES, width).to(of_scores), k[0].to(of_scores).transpose(1, 2).contiguous()
     few_q, few_k, few_v = (x[:, :, :small].contiguous() for x in (q, k, v))
     half_q, half_k, half_v = (x[:, :, : large // 2].contiguous() for x in (q, k, v))
-    times = _medians(
-        {
-            "attend": lambda: attention(q, k, v, is_causal=True),
-            "attend half": lambda: attention(half_q, half_k, half_v, is_causal=True),
-            "attend few": lambda: attention(few_q, few_k, few_v, is_causal=True),
-            "multiply": lambda: probes @ width,
-            "score": lambda: token_scores(q, k),
-            "select": lambda: select_tokens(*scores, keep_ratio=0.5),
-            "gather": lambda: gather_tokens(k, positions),
-            "site": lambda: sparse_prefill_attention(few_q, few_k, few_v),
-        },
-        device,
-    )
+    runs = {
+        "attend": lambda: attention(q, k, v, is_causal=True),
+        "attend half": lambda: attention(half_q, half_k, half_v, is_causal=True),
+        "attend few": lambda: attention(few_q, few_k, few_v, is_causal=True),
+        "multiply": lambda: probes @ keys,
+        "score": lambda: token_scores(q, k),
+        "select": lambda: select_tokens(*scores, keep_ratio=0.5),
+        "gather": lambda: gather_tokens(k, positions),
+        "site": lambda: sparse_prefill_attention(few_q, few_k, few_v),
+    }
+    host = product = 0.0
+    if device.type == "cuda":
+        matrix = draw(4096, 4096)
+        times = _device_medians(runs | {"product": lambda: matrix @ matrix}, device)
+        product = times["product"] / 4096**3
+        launches = _medians({name: runs[name] for name in ("attend few", "site")}, device)
+        host = max(launches["site"] - launches["attend few"], 0.0)
+    else:
+        times = _medians(runs, device)
     # attend n^2 + edge n, through the times at two lengths
     quadratic = min(max(2 * times["attend"] - 4 * times["attend half"], 0.5 * times["attend"]), times["attend"])
-    attend = quadratic / (_HEADS * large**2 * _WIDTH)
-    edge = (times["attend"] - quadratic) / (_HEADS * large * _WIDTH)
-    multiply = times["multiply"] / (_HEADS * _PROBES * large * _WIDTH)
-    score = max(times["score"] / (_HEADS * _PROBES * large) - multiply * _WIDTH, 0.0)
+    attend = quadratic / (heads * large**2 * width)
+    edge = (times["attend"] - quadratic) / (heads * large * width)
+    multiply = times["multiply"] / (heads * _PROBES * large * width)
+    score = max(times["score"] / (heads * _PROBES * large) - multiply * width, 0.0)
     token = times["select"] / large
     byte = times["gather"] / (k.nbytes / 2)
-    known = (score + multiply * _WIDTH) * _HEADS * min(_PROBES, small) * small + token * small
+    known = (score + multiply * width) * heads * min(_PROBES, small) * small + token * small
     site = max(times["site"] - known - times["attend few"] / 4, 0.0)
-    return Machine(attend, edge, multiply, score, token, byte, site)
+    return Machine(attend, edge, multiply, score, token, byte, site, host, product)
 
 
 def sparse_prefill_attention(
@@ -85,6 +107,23 @@ def sparse_prefill_attention(
     """Run a sparse attention from scores to output."""
     positions = select_tokens(*token_scores(q, k), tau=0.5, keep_ratio=keep_ratio)
     return sparse_attention(q, gather_tokens(k, positions), gather_tokens(v, positions), positions)
+
+
+def _device_medians(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the median time of each run on a GPU in seconds, without that of the host: it sleeps meanwhile."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.cuda.device(device):
+        for i in range(_ROUNDS + 1):
+            for name, run in runs.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(1_000_000)  # half a millisecond
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                if i:
+                    times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def _medians(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

@@ -68,6 +68,26 @@ def test_free_choosing_always_pays():
     assert break_even(SHAPE, only(attend=1.0), 0.5) == 0
 
 
+def test_the_host_counts_as_far_as_the_layer_leaves_the_gpu_too_little_to_do():
+    host, other = 2e-3, 12 * 1e-12 * (8 * 64) ** 2  # per token
+    late = only(host=host, product=1e-12)
+    assert seconds(SHAPE, late, 100, 0.5) == (0, pytest.approx(host - 100 * other))
+    assert seconds(SHAPE, late, 10_000, 0.5) == (0, 0)
+
+
+@pytest.mark.parametrize("product", [0.0, 1e-13, 1e-12, 1e-9])
+@pytest.mark.parametrize("host", [1e-4, 1e-2])
+def test_a_host_that_is_late_raises_the_break_even_length(host, product):
+    late = dataclasses.replace(MACHINE, host=host, product=product)
+    length = break_even(SHAPE, late, 0.5)
+    assert length >= break_even(SHAPE, MACHINE, 0.5)
+    for tokens in (length, 2 * length, 10 * length):
+        dense, sparse = seconds(SHAPE, late, tokens, 0.5)
+        assert sparse <= dense * (1 + 1e-9)
+    if product == 1e-9:  # hidden from few tokens on
+        assert length == break_even(SHAPE, MACHINE, 0.5)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(kept=st.floats(0.02, 0.98), batch=st.integers(1, 8), heads=st.sampled_from([(8, 2), (40, 40), (4, 1)]),
        width=st.sampled_from([32, 64, 128]), scale=st.floats(0.1, 10), every=st.booleans())  # fmt: skip

@@ -13,6 +13,7 @@ from zipvl_compile.kernels.decode_attention import decode_attention
 from zipvl_compile.kernels.gather_tokens import gather_kv, gather_tokens
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
+from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn
 from zipvl_compile.kernels.token_scores import token_scores
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -94,6 +95,21 @@ def test_large_prefill(name, dtype, kernel):
     check(sparse_attention, q, *kept, positions, row, is_causal=True, use=kernel, where=real)
     if dtype == torch.bfloat16:
         check(sparse_attention, q, *kept, positions, row, is_causal=True, all_queries=True, use=kernel, where=real)
+
+
+@pytest.mark.parametrize("p", [1000, 1500, 2048])
+@pytest.mark.parametrize("heads", ["gqa4", (8, 8)], ids=str)
+def test_cudnn_at_the_length_of_a_plan(heads, p):
+    q, k, v = qkv(1, heads, 4096, 128, dtype=torch.bfloat16)
+    positions = choose(1, 1, 4096, p)
+    kept = [gather_tokens(x, positions) for x in (k, v)]
+
+    def attend(q, k, v, positions, use):
+        if use == "torch":
+            return sparse_attention(q, k, v, positions, use=use)
+        return attend_cudnn(q, *gather_kv(k, v, torch.arange(p, device=q.device)[None, None], 256), positions, None)
+
+    check(attend, q, *kept, positions)
 
 
 @pytest.mark.parametrize("kernel", ["triton", "torch"])

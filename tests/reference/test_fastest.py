@@ -86,16 +86,3 @@ def test_while_a_graph_is_captured_the_first_one_runs(candidate, monkeypatch):
 )
 def test_bucket(tokens, expected):
     assert fastest.bucket(tokens) == expected
-
-
-def test_every_backend_of_pytorch_is_a_candidate_and_forced():
-    q = torch.randn(1, 2, 9, 8)
-
-    def attend():
-        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
-
-    candidates = fastest.sdpa_backends(attend)
-    assert set(candidates) == {"torch", "torch flash_attention", "torch cudnn_attention", "torch efficient_attention"}
-    torch.testing.assert_close(candidates["torch flash_attention"](), candidates["torch"]())
-    with pytest.raises(RuntimeError):
-        candidates["torch cudnn_attention"]()  # not on a CPU

@@ -24,6 +24,7 @@ def test_rows_are_those_at_the_positions(groups, spare, dtype):
     positions = torch.rand(3, groups, 9, generator=generator).argsort(-1)[..., :4].sort(-1).values
     out = gather_tokens(x, positions, spare)
     assert out.shape == (3, 4, 4 + spare, 5) and out.dtype == dtype
+    assert not out[:, :, 4:].any(), "spare rows are zeros"
     for b in range(3):
         for h in range(4):
             for i, j in enumerate(positions[b, h * groups // 4].tolist()):
