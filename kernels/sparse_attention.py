@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels import fastest, tiles
-from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail
+from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.dispatch import launchable, use_triton
+from zipvl_compile.kernels.masks import take
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, attend_torch, empty_output
 from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
 
@@ -58,12 +59,12 @@ def _attend_columns(
         scores = capped(dot(tile, keys), scale, softcap, CAPPED)  # [BLOCK_M, BLOCK_N]
         shown = exists[None, :]
         pointers = mask
-        if MASK != 0 or QUERIES == 2:
+        if (MASK != 0 and not ROW) or QUERIES == 2:
             where = tl.load(positions + column, mask=exists, other=0)  # [BLOCK_N]
         if EDGE and CAUSAL:
             shown = shown & (where[None, :] <= at[:, None] if QUERIES == 2 else column[None, :] <= row[:, None])
         if MASK != 0:
-            pointers = mask + where * stride_mk if ROW else mask + at[:, None] * stride_mq + where[None, :] * stride_mk
+            pointers = mask + wide * stride_mk if ROW else mask + at[:, None] * stride_mq + where[None, :] * stride_mk
         if EDGE or MASK != 0:
             scores = masked(scores, shown, exists, pointers, hidden_below, MASK, ROW)
         values = tl.load(
@@ -141,7 +142,7 @@ def tilings(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> list
     docs/kernels.md shows that these fit: a mask with a row per query takes registers, and fp32 is multiplied without
     tensor cores.
     """
-    masked = mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1)
+    masked = mask is not None and mask.shape[2] > 1
     width = max(tiles.head_blocks(q.shape[3]), tiles.head_blocks(v.shape[3]))
     if q.dtype == torch.float32:
         return [(64, 32, 4, 2)] if width <= 64 else [(32, 16, 4, 2)] if width <= 128 else [(16, 16, 4, 1)]
@@ -149,6 +150,8 @@ def tilings(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> list
         return [(128, 32, 4, 3), (64, 32, 4, 3)] if masked else [(128, 64, 4, 3), (128, 128, 8, 3)]
     if width <= 128:
         large = [] if torch.version.hip else [(128, 128, 8, 2)]  # more than the 64 KiB of CDNA3
+        if mask is not None and not masked:
+            return [(64, 64, 4, 3), (128, 64, 8, 3)]
         return [(128, 32, 8, 3), (64, 32, 4, 3)] if masked else [(128, 64, 8, 3), *large]
     return [(64, 32, 8, 2)] if masked else [(64, 32, 4, 2), (128, 32, 8, 2)]
 
@@ -162,6 +165,9 @@ def _attend_triton(
     (batch, heads, m, width), p = q.shape, positions.shape[2]
     block_m, block_n, warps, stages = tiling
     n = m if mask is None else mask.shape[3]
+    shared = mask is None or mask.shape[2] == 1  # by all queries
+    if mask is not None and shared:  # the kept keys' part, read as it lies: [B, 1 or Hq, 1, P]
+        mask = take(mask, batch, None, positions if positions.shape[1] == 1 else per_head(positions, heads))
     blocks = triton.cdiv(m if every_query else p, block_m)
     limits = positions
     if every_query and is_causal:  # how many kept tokens stand at or before the last query of each block
@@ -171,7 +177,7 @@ def _attend_triton(
         q, k, v, out, positions, limits, n=n, M=m if every_query else p, P=p,
         scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
         **tiles.strides(q=q, k=k, v=v, o=out),
-        D=width, DV=v.shape[3], **tiles.mask_arguments(mask, q),
+        D=width, DV=v.shape[3], **tiles.mask_arguments(mask, q) | {"ROW": shared},
         HEADS=heads, FACTOR=heads // k.shape[1], GROUPS=positions.shape[1],
         QUERIES=ALL if every_query else KEPT_ONLY if m == p else KEPT_OF_ALL,
         CAUSAL=is_causal, CAPPED=softcap is not None, BLOCK_M=block_m, BLOCK_N=block_n,
@@ -206,14 +212,15 @@ def _sparse_attention(
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n)
     if not use_triton("sparse_attention", use, q, k, v):
         return attend_torch(*arguments)
-    tried = tilings(q, v, mask)
-    by_tiling = {f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tried}
+    candidates: fastest.Candidates = {
+        f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tilings(q, v, mask)
+    }
     if use == "triton":
-        return next(iter(by_tiling.values()))()
+        return next(iter(candidates.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
     shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
     key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
-    candidates = by_tiling | {"torch": functools.partial(attend_torch, *arguments)}
+    candidates["torch"] = functools.partial(attend_torch, *arguments)
     if mask is None and is_causal and softcap is None and not arguments[8]:
         candidates["cudnn"] = functools.partial(attend_cudnn, q, *buffers, positions, scale)
     return fastest.run(key, candidates)

@@ -163,7 +163,7 @@ def _tiling(dtype: torch.dtype, block_d: int, rows: int) -> dict[str, int]:
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2}
     if block_d > 128 or rows <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": pipelined(3 if block_d <= 128 else 2)}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": pipelined(3)}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": pipelined(3)}
 
 
 @torch.library.triton_op("zipvl::token_scores", mutates_args=())

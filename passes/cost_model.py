@@ -1,14 +1,15 @@
 """What prefill attention costs dense and sparse, as formulas in the prompt length, and from which length sparse pays.
 
-    dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2
+    dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2 * mask
     sparse = site + B [ (score + multiply D) Hq m n  +  token n                      scores, selection
                         + byte (Hkv (D + Dv) + 2 Hq D + Hq Dv) p  +  byte Hq Dv n    gathers of K, V, Q; rows put back
-                        + Hq (D + Dv) (attend p^2 + edge p) / 2 ]                    attention among kept tokens
+                        + Hq (D + Dv) (attend p^2 + edge p) / 2 * mask ]             attention among kept tokens
 
 with p = r n kept tokens (n p instead of p^2, and n instead of the p beside `edge`, where every query attends) and m
 probe rows; the lower-case words are seconds per unit, measured on the machine at hand. `edge` is what a blocked kernel
-computes on the causal diagonal and throws away. Projections that `prune_projections` narrows only add to the gain;
-they are left out, since it may find nothing to prune.
+computes on the causal diagonal and throws away, `mask` what a mask in memory costs where there is one: transformers
+gives dense attention one, and sparse attention often needs none. Projections that `prune_projections` narrows only add
+to the gain; they are left out, since it may find nothing to prune.
 
 A GPU works while the host prepares what comes next. There, `site` is what the GPU itself loses, and the `host` time of
 a site counts only as far as the layer leaves the GPU too little to do meanwhile: a decoder block multiplies about
@@ -30,17 +31,17 @@ import sympy
 
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
-every = sympy.symbols("every", nonnegative=True)  # 1 where every query attends, else 0
-attend, edge, multiply, score, token, byte, site, host, product = sympy.symbols(
-    "attend edge multiply score token byte site host product", nonnegative=True
+every, dense_mask, sparse_mask = sympy.symbols("every dense_mask sparse_mask", nonnegative=True)  # 1 or 0
+attend, edge, multiply, score, token, byte, site, host, product, masked = sympy.symbols(
+    "attend edge multiply score token byte site host product masked", nonnegative=True
 )
 
-DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n)
+DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n) * (1 + masked * dense_mask)
 SPARSE = site + B * (
     (score + multiply * D) * Hq * m * n
     + token * n
     + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
-    + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
+    + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every)) * (1 + masked * sparse_mask)
 )
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
@@ -58,6 +59,7 @@ class AttentionShape:
         probes: probe rows (tokens).
         element: bytes of one element.
         every_query: every query attends to the kept keys, not only the kept ones.
+        dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
     """
 
     batch: int
@@ -68,6 +70,8 @@ class AttentionShape:
     probes: int
     element: int
     every_query: bool = False
+    dense_mask: bool = False
+    sparse_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Machine:
         site: of one sparse attention, whatever its size.
         host: of the host for a sparse attention, beyond that for a dense one; 0 where the host does the work itself.
         product: of one multiply-add of a large matrix product; where `host` is 0, it has no effect.
+        masked: what a mask in memory adds to dense attention, as a fraction of its time; no seconds.
     """
 
     attend: float
@@ -95,11 +100,13 @@ class Machine:
     site: float
     host: float = 0.0
     product: float = 0.0
+    masked: float = 0.0
 
 
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
-    symbols = (B, Hq, Hkv, D, Dv, m, size, every, attend, edge, multiply, score, token, byte, site, host, product)
-    return dict(zip(symbols, map(float, (*astuple(shape), *astuple(machine))), strict=True))
+    of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask)
+    of_machine = (attend, edge, multiply, score, token, byte, site, host, product, masked)
+    return dict(zip((*of_shape, *of_machine), map(float, (*astuple(shape), *astuple(machine))), strict=True))
 
 
 @functools.cache

@@ -185,7 +185,7 @@ class CanonicalMasks:
     def hiding(self, site: AttentionSite) -> tuple[Node | None, bool]:
         """Do `insert`, and let a padding row that hides nothing become a mask of 0 samples when the graph runs."""
         rows, is_causal = self.insert(site)
-        if rows is None or self._form(site.mask, site.mask_hides).needs_matrix:
+        if rows is None or site.mask is None or self._form(site.mask, site.mask_hides).needs_matrix:
             return rows, is_causal
         if rows not in self._hiding:
             self._hiding[rows] = insert_call(rows.next, ops.hiding_rows.default, (rows,))

@@ -44,7 +44,7 @@ from zipvl_compile.passes import attention_site, normalize_attention
 from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape
 from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
-from zipvl_compile.passes.masks import CanonicalMasks, four_axes
+from zipvl_compile.passes.masks import CanonicalMasks, MaskForm, four_axes
 from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
 from zipvl_compile.passes.token_rows import first_computed_from
 from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
@@ -148,11 +148,12 @@ def _reads_whole_prompt(site: AttentionSite) -> bool:
     return statically_known_true(example(site.query).shape[2] == example(site.key).shape[2])
 
 
-def shape_of(site: AttentionSite, probes: int, every_query: bool) -> AttentionShape:
+def shape_of(site: AttentionSite, form: MaskForm, probes: int, every_query: bool) -> AttentionShape:
     """Return what the site's cost depends on; a batch of symbolic size counts as one sample."""
     q, k, v = (example(x) for x in (site.query, site.key, site.value))
     batch = q.shape[0] if isinstance(q.shape[0], int) else 1
-    return AttentionShape(batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], probes, q.element_size(), every_query)
+    sizes = (batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], probes, q.element_size())
+    return AttentionShape(*sizes, every_query, site.mask is not None, site.mask is not None and form.needs_matrix)
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def apply(graph: Graph, *, min_tokens: int | LeastTokens, **selection) -> PassRe
     layers: dict[Node, tuple[AttentionSite, Kept] | None] = {}
     for site, marker in find(graph):
         reads_first = marker not in layers
-        shape = shape_of(site, chosen.recent + chosen.random, chosen.all_queries)
+        form = masks.form(site)
+        shape = shape_of(site, form, chosen.recent + chosen.random, chosen.all_queries)
         query = example(site.query)
         least = min_tokens if isinstance(min_tokens, int) else min_tokens(shape, query.dtype, query.device)
         short = is_short(site, least)
@@ -243,7 +245,7 @@ def apply(graph: Graph, *, min_tokens: int | LeastTokens, **selection) -> PassRe
         else:
             reason = is_legal_reader(site, layers[marker][0])  # type: ignore[index]
         by_design = bool(short) or reason == CROSS_ATTENTION
-        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design, str(masks.form(site)), shape))
+        report.sites.append(SiteOutcome(site.name, "prefill", reason, by_design, str(form), shape))
         if reason:
             layers.setdefault(marker, None)
             continue

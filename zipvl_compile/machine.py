@@ -69,7 +69,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     probes, keys = draw(heads, _PROBES, width).to(of_scores), k[0].to(of_scores).transpose(1, 2).contiguous()
     few_q, few_k, few_v = (x[:, :, :small].contiguous() for x in (q, k, v))
     half_q, half_k, half_v = (x[:, :, : large // 2].contiguous() for x in (q, k, v))
+    mask = torch.ones(1, 1, large, large, dtype=torch.bool, device=device).tril()
     runs = {
+        "attend masked": lambda: attention(q, k, v, mask),
         "attend": lambda: attention(q, k, v, is_causal=True),
         "attend half": lambda: attention(half_q, half_k, half_v, is_causal=True),
         "attend few": lambda: attention(few_q, few_k, few_v, is_causal=True),
@@ -98,7 +100,8 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     byte = times["gather"] / (k.nbytes / 2)
     known = (score + multiply * width) * heads * min(_PROBES, small) * small + token * small
     site = max(times["site"] - known - times["attend few"] / 4, 0.0)
-    return Machine(attend, edge, multiply, score, token, byte, site, host, product)
+    masked = max(times["attend masked"] / times["attend"] - 1, 0.0)
+    return Machine(attend, edge, multiply, score, token, byte, site, host, product, masked)
 
 
 def sparse_prefill_attention(

@@ -68,6 +68,15 @@ def test_free_choosing_always_pays():
     assert break_even(SHAPE, only(attend=1.0), 0.5) == 0
 
 
+def test_a_mask_in_memory_costs_where_there_is_one():
+    masked = only(attend=1.0, masked=0.5)
+    plain = seconds(SHAPE, masked, 1000, 0.5)
+    dense = dataclasses.replace(SHAPE, dense_mask=True)
+    assert seconds(dense, masked, 1000, 0.5) == (1.5 * plain[0], plain[1])
+    both = dataclasses.replace(dense, sparse_mask=True)
+    assert seconds(both, masked, 1000, 0.5) == (1.5 * plain[0], 1.5 * plain[1])
+
+
 def test_the_host_counts_as_far_as_the_layer_leaves_the_gpu_too_little_to_do():
     host, other = 2e-3, 12 * 1e-12 * (8 * 64) ** 2  # per token
     late = only(host=host, product=1e-12)
