@@ -157,7 +157,7 @@ def compiled(job: tuple[Launch, str]) -> dict[str, Any]:
     amd = target.startswith("gfx")
     limits = {"num_stages": 2, "num_warps": 16} if amd else {}  # as tiles.pipelined and select_tokens._tiling say
     options = launch.options | {name: min(launch.options.get(name, most), most) for name, most in limits.items()}
-    row = {"kernel": launch.kernel, "case": launch.case, "target": target, **options}
+    row = {"kernel": launch.kernel, "case": launch.case, "target": target, **launch.options}
     try:
         constants = {(places[name],): value for name, value in launch.constants.items()}
         source = ASTSource(kernel, launch.signature, constants, attributes)
@@ -217,7 +217,7 @@ def as_markdown(table: list[dict[str, Any]]) -> str:
         "",
         f"Made by `python benchmarks/kernel_resources.py`, Triton {triton.__version__}, without a GPU: what the",
         "compilers report, not a measurement. Registers are per thread (VGPRs on gfx942), spills in bytes per thread",
-        "(registers on gfx942), shared memory in KiB per program. On gfx942 at most two stages are used.",
+        "(registers on gfx942), shared memory in KiB per program. On gfx942 at most two stages and 16 warps are used.",
         "",
     ]
     for kernel in dict.fromkeys(row["kernel"] for row in table):
