@@ -194,7 +194,7 @@ def _token_scores(
         "n": n, "m": m, "part": part, "scale": width**-0.5 if scale is None else scale, "softcap": softcap or 0.0,
         **strides(q=q, k=k), "D": width, **mask_arguments(mask, q),
         "KV_HEADS": kv_heads, "FACTOR": factor, "CAUSAL": is_causal, "CAPPED": softcap is not None,
-        "COMPACT": not statically_known_true(given == n), "BLOCK_D": block_d, **tiling,
+        "COMPACT": _holds_probes_only(given, n, m), "BLOCK_D": block_d, **tiling,
     }  # fmt: skip
     common |= {"q": q, "k": k, "rows": rows}
     grid = (blocks, batch * kv_heads, used)
@@ -204,6 +204,13 @@ def _token_scores(
     )
     launchable(_column_sums_kernel, q)[grid](**common, norms=norms, out=weights)
     return weights.sum(2) / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, torch.float32)
+
+
+def _holds_probes_only(given, n, m) -> bool:
+    """Return whether `given` queries are those of the m probe rows, not of all n tokens; sizes may be symbolic."""
+    if statically_known_true(given == n):
+        return False
+    return statically_known_true(given == m) or bool(given != n)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, recent: int, random: int, groups: int) -> None:

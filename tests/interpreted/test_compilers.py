@@ -36,6 +36,8 @@ def show(graph, inputs):
     for node in graph.graph.nodes:
         if node.op == "call_function":
             print(node.target, sorted(node.kwargs.get("tensors_to_clone", [])))
+            if "COMPACT" in node.kwargs.get("kwargs", ()):
+                print("COMPACT", node.kwargs["kwargs"]["COMPACT"])
     return make_boxed_func(graph.forward)
 
 with FakeTensorMode(), torch.no_grad():
@@ -82,6 +84,8 @@ def test_decoding_on_a_gpu_is_kernels_in_the_graph_that_copy_no_cache(traced):
 
 
 def test_scoring_on_a_gpu_is_kernels_in_the_graph(traced):
-    for graph in traced[1:]:
+    for graph, narrow in zip(traced[1:], (False, True), strict=True):
         assert launches(graph) == ["['maxima', 'sums']", "['norms']", "['out']"], graph
         assert {line.split(" ", 1)[0] for line in graph if "zipvl" in line} == {"zipvl.probe_positions.default"}
+        # Whether the queries are those of the probe rows.
+        assert [line for line in graph if line.startswith("COMPACT")] == [f"COMPACT {narrow}"] * 2
