@@ -54,9 +54,14 @@ def _best_tokens(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_
     shown = visible > 0
     newest = shown & (shown.flip(-1).cumsum(-1).flip(-1) <= keep_recent)
     normalised.masked_fill_(newest.unsqueeze(1), float("inf"))
-    # A stable sort gives ties to the lower position, so that runs and devices agree.
-    order = normalised.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :p].sort(-1).values
+    # Bits order as the scores do, NaN above all. Ties go to the lower position, so that runs and devices agree.
+    batch, groups, n = normalised.shape
+    bits = normalised.view(torch.int64 if normalised.dtype == torch.float64 else torch.int32)
+    bits = torch.where(normalised.isnan(), torch.iinfo(bits.dtype).max, bits)
+    last = bits.kthvalue(n - p + 1, keepdim=True).values
+    better, tie = bits > last, bits == last
+    keep = better | (tie & (tie.cumsum(-1) <= p - better.sum(-1, keepdim=True)))
+    return keep.nonzero()[:, -1].reshape(batch, groups, p).contiguous()
 
 
 @triton.jit
@@ -233,7 +238,7 @@ def select_tokens(
     """Choose the tokens to keep.
 
     Args:
-        accumulated: `[B, G, n]` accumulated scores, see `token_scores`.
+        accumulated: `[B, G, n]` accumulated scores, not negative, see `token_scores`.
         visible: `[B, n]` number of probe rows that may see each token.
         tau: fraction of the accumulated score to keep, in (0, 1]; 1 keeps every token.
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].

@@ -1,7 +1,7 @@
 """The speed of this machine, measured once per device and dtype, for the cost model.
 
-Takes a few tenths of a second, and on a GPU the seconds that Triton needs for kernels it has not compiled yet; a compile
-takes many times that.
+Takes a few tenths of a second, and on a GPU the seconds that Triton needs for kernels it has not compiled yet; a
+compile takes many times that.
 """
 
 from __future__ import annotations
