@@ -61,7 +61,7 @@ def _best_tokens(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_
     last = bits.kthvalue(n - p + 1, keepdim=True).values
     better, tie = bits > last, bits == last
     keep = better | (tie & (tie.cumsum(-1) <= p - better.sum(-1, keepdim=True)))
-    return keep.nonzero()[:, -1].reshape(batch, groups, p).contiguous()
+    return keep.view(-1).nonzero().view(batch, groups, p) % n
 
 
 @triton.jit
