@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.masks import causal, take, visible
+from zipvl_compile.kernels.masks import causal, hiding_rows, take, visible
+from zipvl_compile.kernels.sparse_attention import sparse_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -47,3 +48,19 @@ def test_take_is_indexing_per_sample_and_head(mask_batch, mask_heads, rows, colu
             i = slice(None) if rows is None else rows_[b, h % rows]
             j = slice(None) if columns is None else columns_[b, h % columns]
             assert torch.equal(out[b, h], wide[b, h][i][:, j])
+
+
+def test_a_mask_that_hides_nothing_becomes_one_of_no_samples():
+    row = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    assert hiding_rows(row).shape == (0, 1, 1, 9)
+    row[1, 0, 0, :3] = False
+    copy = hiding_rows(row)
+    assert torch.equal(copy, row) and copy.data_ptr() != row.data_ptr()
+
+
+def test_attention_reads_a_mask_of_no_samples_as_none():
+    q, k, v = torch.randn(3, 2, 2, 9, 4)
+    positions = torch.tensor([[[0, 3, 8]]]).repeat(2, 1, 1)
+    kept = k[:, :, [0, 3, 8]], v[:, :, [0, 3, 8]]
+    nothing = torch.ones(0, 1, 1, 9, dtype=torch.bool)
+    assert torch.equal(sparse_attention(q, *kept, positions, nothing), sparse_attention(q, *kept, positions))

@@ -59,6 +59,11 @@ def test_gather_kv():
     check(ops.gather_kv.default, k, v, positions, 0)
 
 
+def test_hiding_rows():
+    check(ops.hiding_rows.default, torch.ones(2, 1, 1, 9, dtype=torch.bool))
+    check(ops.hiding_rows.default, torch.arange(9).view(1, 1, 1, 9) > 3)
+
+
 def test_probe_positions():
     check(ops.probe_positions.default, tensors()[1], 4, 3, 0)
 
