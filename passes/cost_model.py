@@ -119,11 +119,12 @@ def break_even(shape: AttentionShape, machine: Machine, kept: float, slack: floa
     """
     values = _values(shape, machine) | {r: kept}
     gain = ((1 + slack) * DENSE - SPARSE).subs(values)
-    hidden = _from(gain)  # where the host's time is
-    if machine.host:
-        busy = machine.host / float(MEANWHILE.subs(values | {n: 1})) if machine.product else NEVER
-        hidden = min(max(hidden, math.ceil(min(busy, NEVER))), _from(gain - machine.host))
-    return hidden
+    if not machine.host:
+        return _from(gain)
+    meanwhile = float(MEANWHILE.subs(values | {n: 1}))
+    hidden = math.ceil(machine.host / meanwhile) if machine.host < NEVER * meanwhile else NEVER
+    # The host's time is hidden from that length on, or it is paid.
+    return min(max(_from(gain), hidden), _from(gain - machine.host))
 
 
 def _from(gain: sympy.Expr) -> int:
