@@ -42,7 +42,8 @@ from zipvl_compile.passes.token_axis import Mixes, every_axis
 from zipvl_compile.passes.token_rows import Axes, Cone
 
 ops = torch.ops.zipvl
-_LAST = slice(-1, None, None)
+LAST = slice(-1, None, None)
+_RECENT = 6  # which argument of token_scores
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def rewrite(part: Part) -> None:
     rows, reader = Slice(index), part.reader
     taken = {}
     for source, axes in cone.sources.items():
-        attend = None if index != _LAST or axes.token != 2 else _LAST_OF.get(source.target)
+        attend = None if index != LAST or axes.token != 2 else _LAST_OF.get(source.target)
         taken[source] = (attend and attend(source, reader)) or rows.take(source, axes, reader)
     first = next(iter(cone.sources))
     new = cone.again(taken, size(taken[first], cone.sources[first].token, reader), reader)[part.hidden]
@@ -146,8 +147,8 @@ def attend_last_of_all(attention: Node, before: Node) -> Node | None:
     if given.get("is_causal") and not statically_known_true(shapes[0][-2] == shapes[1][-2]):
         return None
     if mask is not None and not statically_known_true(example(mask).shape[-2] == 1):
-        mask = insert_call(before, operator.getitem, (mask, (Ellipsis, _LAST, slice(None))))
-    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), _LAST)))
+        mask = insert_call(before, operator.getitem, (mask, (Ellipsis, LAST, slice(None))))
+    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), LAST)))
     others = {name: given[name] for name in SDPA_ARGUMENTS[4:] if name in given and name != "is_causal"}
     return insert_call(before, SDPA, (last, key, value, mask), others)  # it sees every key: no causal mask
 
@@ -155,22 +156,28 @@ def attend_last_of_all(attention: Node, before: Node) -> Node | None:
 def attend_last(attention: Node, before: Node) -> Node:
     """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node."""
     query, keys, values, positions, mask, _, scale, softcap, all_queries = args_of(attention)
-    scored_keys = args_of(args_of(args_of(positions)[0])[0])[1]  # [B, Hkv, n, D]
+    scores = args_of(args_of(positions)[0])[0]
+    scored_keys = args_of(scores)[1]  # [B, Hkv, n, D]
     n = size(scored_keys, 2, before)
     mask = args_of(mask)[0] if is_call(mask, ops.hiding_rows) else mask  # decoding reads the padding row itself
     if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
-        mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), _LAST)))
-    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), _LAST)))
+        mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), LAST)))
+    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), LAST)))
     # The last row sees every kept key, as a new token sees the cache.
     arguments = (last, keys, values, positions, n, n, mask, scale, softcap)
     out = insert_call(before, ops.decode_attention.default, arguments)
     out.meta["layer"] = attention.meta.get("layer")
-    if all_queries:
-        return out
+    if all_queries or (mask is None and has_last_row(scores)):
+        return out  # the newest visible token is always kept
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
     kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
     kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
     return insert_call(before, torch.where, (kept, out, 0.0))
+
+
+def has_last_row(scores: Node) -> bool:
+    """Return whether the last row is among the probe rows, the last of them, so that one row sees the last token."""
+    return args_of(scores)[_RECENT] > 0
 
 
 _LAST_OF: dict[Any, Callable[[Node, Node], Node | None]] = {

@@ -36,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from zipvl_compile.passes import rows_below
 from zipvl_compile.passes.attention_site import module_path
 from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, kept_rows, one_sample, size
-from zipvl_compile.passes.demand_rows import narrow_query
+from zipvl_compile.passes.demand_rows import LAST, has_last_row, narrow_query
 from zipvl_compile.passes.exclusive_rows import computed_only_for
 from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
 from zipvl_compile.passes.pass_report import PARTS, PassReport, Pruning
@@ -142,10 +142,16 @@ def prune_demanded_queries(site: Site) -> None:
     part = site.query
     if not is_call(part, operator.getitem):
         raise Mixes("the attention has the newest queries only")
-    if args_of(site.scores)[0] is not args_of(part)[0]:
+    query, index = args_of(part)
+    if args_of(site.scores)[0] is not query:
         raise Mixes("the attention has the newest queries only")
-    cone = narrow_query(part, site.axes, {site.scores})
-    _score_probe_rows(site.scores, cone)
+    if index[-1] == LAST and has_last_row(site.scores):
+        cone = computed_only_for(query, site.axes, {part, site.scores})
+        _score_probe_rows(site.scores, cone)
+        part.replace_input_with(query, args_of(site.scores)[0])
+    else:
+        cone = narrow_query(part, site.axes, {site.scores})
+        _score_probe_rows(site.scores, cone)
     cone.erase()
 
 

@@ -88,14 +88,40 @@ class Below:
 
     def _put_back(self, node: Node, kept: Node, other: Node | None, rows: Shared | OfEachSample, tokens: Any) -> None:
         axes = self.nodes[node]
+        zero = node in self.zero or other is None
+        if zero:
+            for user in [user for user in node.users if user not in self.nodes]:
+                if (residual := _added_to(user, node)) is not None:
+                    taken = {residual: rows.take(residual, axes, user), node: kept}
+                    total = insert_call(user, torch.add, tuple(taken[x] for x in user.all_input_nodes))
+                    user.replace_all_uses_with(rows.put(total, axes, residual, user))
+                    erase_unread([user])
+        users = [user for user in node.users if user not in self.nodes]
+        if not users:
+            return
         sizes = [tokens if i == axes.token else size(kept, i, node) for i in range(example(node).dim())]
-        if node in self.zero or other is None:
+        if zero:
             base = insert_call(node, torch.ops.aten.new_zeros.default, (kept, sizes))
         else:
             base = insert_call(node, torch.ops.aten.expand.default, (other, sizes))
         full = rows.put(kept, axes, base, node)
-        for user in [user for user in node.users if user not in self.nodes]:
+        for user in users:
             user.replace_input_with(node, full)
+
+
+def _added_to(user: Node, node: Node) -> Node | None:
+    """Return the tensor that `user` does nothing but add `node` to, of the same shape and dtype, or None.
+
+    It then gets the sums in its few rows; adding a tensor of zeros would read and write all the others once more.
+    """
+    if op_name(user) != "add" or len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
+        return None
+    (other,) = (x for x in user.all_input_nodes if x is not node)
+    values = [example(x) for x in (user, node, other)]
+    if changed_in_place(user) or not all(isinstance(x, torch.Tensor) for x in values):
+        return None
+    alike = all(x.dtype == values[0].dtype and same_shape(x.shape, values[0].shape) for x in values)
+    return other if alike else None
 
 
 def find(start: Node, axes: Axes) -> Below:

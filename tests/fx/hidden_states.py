@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from fx.modules import cache
@@ -40,13 +42,16 @@ class Layer(nn.Module):
         values, queries: after the projection, `[B, n, width]`.
         attended: after the attention, `[B, n, width]`, before the output projection; it also gets the hidden states.
         projected: after the output projection.
+        residual: how the result joins the hidden states.
     """
 
     def __init__(
-        self, bias=False, fused=False, values=identity, queries=identity, attended=lambda a, h: a, projected=identity
-    ):
+        self, bias=False, fused=False, values=identity, queries=identity, attended=lambda a, h: a, projected=identity,
+        residual=operator.add,
+    ):  # fmt: skip
         super().__init__()
         self.values, self.queries, self.attended, self.projected = values, queries, attended, projected
+        self.residual = residual
         self.norm, self.head_norm, self.mlp_norm = RMSNorm(), RMSNorm(DIM), RMSNorm()
         kv = KV_HEADS * DIM
         self.sizes = [WIDTH, kv, kv]
@@ -73,7 +78,7 @@ class Layer(nn.Module):
         stored = cache(k, v)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         a = self.attended(a.transpose(1, 2).reshape(x.shape[0], n, WIDTH).contiguous(), h)
-        x = x + self.projected(self.o(a))
+        x = self.residual(x, self.projected(self.o(a)))
         return x + F.silu(self.up(self.mlp_norm(x))), stored
 
 

@@ -77,7 +77,7 @@ def prefill(monkeypatch):
 def expected(n, p, rows, probes=PROBES):
     """Return FLOPs of a prefill: `rows` tokens of q, k, v and o in every layer but the last, `p` of v in the last."""
     mlp, head = 3 * HIDDEN * MLP, HIDDEN * VOCAB
-    last = {"q": probes + 1, "k": n, "v": p, "o": 1}
+    last = {"q": max(probes, 1), "k": n, "v": p, "o": 1}  # the demanded query is the last probe row
     layers = sum(PROJECTIONS[name] * ((LAYERS - 1) * rows[name] + last[name]) for name in PROJECTIONS)
     return 2 * (layers + mlp * ((LAYERS - 1) * n + 1) + head)
 

@@ -36,7 +36,16 @@ def test_the_last_layer_computes_the_rows_that_are_read(record, form, batch):
     assert found["k"] == [N, N] and found["v"] == [P, P]
     assert found["up"] == [N, rows] and found["o"] == [P, rows]
     last = form in ("slice", "slice of every axis", "after an ellipsis", "the last one")
-    assert found["q"] == [PROBES, P, PROBES, 1 if last else P]
+    assert found["q"] == [PROBES, P, PROBES, *([] if last else [P])]  # the last row is one of the probe rows
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
+    graph, recorder = both(
+        record, Stack(READS["slice"][0]), hidden_states(batch=batch), recent=0, random=PROBES, **RATIO
+    )
+    assert not recorder.demands[0].reason
+    assert widths(graph)["q"] == [PROBES, P, PROBES, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"all_queries": True}, {"drop": False}], ids=str)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from fx.hidden_states import WIDTH, Layer, RMSNorm, Stack, hidden_states, layer, widths, without_spare
 
+from zipvl_compile.passes.graph_edit import example
+
 N, P, PROBES = 20, 6, 12  # keep_ratio 0.3; 6 recent and 6 random probe rows
 RATIO = {"keep_ratio": 0.3}
 ALL = ("q", "v", "output")
@@ -78,6 +80,28 @@ def test_rows_of_tokens_without_attention_are_exact(record, form, batch):
     graph, recorder = both(record, Stack(layers=1, **FOLLOWING[form]), hidden_states(batch=batch), **RATIO)
     assert recorder.pruned[0].parts == ALL
     assert P in widths(graph)["o"] and N not in widths(graph)["o"]
+
+
+RESIDUALS = {
+    "sum": (lambda x, a: x + a, True),
+    "sum the other way": (lambda x, a: a + x, True),
+    "two sums": (lambda x, a: (x + a) * (2 * x + a), True),
+    "in another dtype": (lambda x, a: (x.float() + a).double(), False),
+    "twice": (lambda x, a: torch.add(x, a, alpha=2), False),
+    "difference": (lambda x, a: x - a, False),
+    "in place": (lambda x, a: (x * 1).add_(a), False),
+    "of a sum that is written to": (lambda x, a: (x + a).mul_(2), False),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", RESIDUALS)
+def test_a_residual_gets_the_sums_in_its_kept_rows(record, form, batch):
+    residual, in_rows = RESIDUALS[form]
+    graph, recorder = both(record, Stack(layers=1, residual=residual), hidden_states(batch=batch), **RATIO)
+    assert recorder.pruned[0].parts == ALL
+    zeros = [x for x in graph.nodes if "new_zeros" in str(x.target) and example(x).shape == (batch, N, WIDTH)]
+    assert in_rows == (not zeros)
 
 
 NOT_PRUNED = {
