@@ -11,7 +11,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 from zipvl_compile.machine import machine
 
-LAYERS, TOKENS, ROUNDS = 8, 1024, 3
+LAYERS, TOKENS, ROUNDS = 8, 1024, 5
 BACKENDS = {
     "dense": {"backend": "inductor"},
     "zipvl": {"backend": "zipvl", "options": {"keep_ratio": KEEP_RATIO, "min_tokens": 0}},

@@ -5,7 +5,8 @@ Probe rows come in blocks whose scores stay in the L2 cache, one sample and KV h
 
 from __future__ import annotations
 
-import itertools
+import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,50 @@ from zipvl_compile.kernels.dense_attention import soft_capped
 from zipvl_compile.kernels.masks import causal, rows_that_see, seen
 from zipvl_compile.kernels.probe_rows import cached_probe_rows
 
-BLOCK_SCORES = 1 << 19  # scores that are computed at a time, 2 MiB
+BLOCK_SCORES = 1 << 18  # scores that are computed at a time, 1 MiB: others may be using the last level of cache
+LEAST_ROWS = 32  # of a matrix product, of all query heads of a KV head
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Probe rows `rows` of the list of them, which may see the first `end` tokens, all of them the first `first`."""
+
+    rows: slice
+    positions: torch.Tensor
+    first: int
+    end: int
+    hidden: torch.Tensor | None  # bool [rows, end - first]
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(
+    n: int, recent: int, random: int, seed: int, device: torch.device, is_causal: bool, step: int
+) -> list[_Block]:
+    """Return the probe rows in blocks of `step`: equal for all layers of a model."""
+    rows = cached_probe_rows(n, recent, random, seed, device)
+    limits, blocks = rows.tolist(), []
+    for start in range(0, len(limits), step):
+        block = slice(start, min(start + step, len(limits)))
+        at = rows[block]
+        first, end = (limits[start] + 1, limits[block.stop - 1] + 1) if is_causal else (n, n)
+        hidden = ~causal(at, torch.arange(first, end, device=device)) if first < end else None
+        blocks.append(_Block(block, at, first, end, hidden))
+    return blocks
+
+
+@dataclass
+class _BlockMask:
+    """What a mask says of one block: `bias [H', rows, end]` or None, `hidden` of that shape, `blind [H', rows, 1]`."""
+
+    bias: torch.Tensor | None
+    hidden: torch.Tensor
+    blind: torch.Tensor
+
+
+def _mask_of(mask: torch.Tensor, block: _Block, is_causal: bool) -> _BlockMask:
+    part = (mask if mask.shape[2] == 1 else mask.index_select(2, block.positions))[..., : block.end]
+    shown = seen(part, block.positions, is_causal)[0]
+    return _BlockMask(part[0] if part.is_floating_point() else None, ~shown, ~shown.any(-1, keepdim=True))
 
 
 @torch.library.custom_op("zipvl::token_scores_torch", mutates_args=())
@@ -26,42 +70,42 @@ def _scores_torch(
     (batch, query_heads, given, _), (_, kv_heads, n, _), m = q.shape, k.shape, rows.numel()
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     accumulated = torch.zeros(batch, groups, n, dtype=dtype, device=q.device)
-    limits = rows.tolist()
-    columns = torch.arange(n, device=q.device)
     probes = (q.index_select(2, rows) if given == n else q).to(dtype) * scale  # [B, Hq, m, D]
     factor = query_heads // kv_heads
-    # A block of rows whose scores stay in the L2 cache from the product to the sums.
-    step = max(BLOCK_SCORES // max(factor * n, 1), 4)
+    step = max(max(BLOCK_SCORES // max(n, 1), LEAST_ROWS) // factor, 1)
+    blocks = _blocks(n, recent, random, seed, q.device, is_causal, step)
     space = probes.new_empty(min(step, m) * factor * n)
-    for start in range(0, m, step):
-        block = slice(start, min(start + step, m))
-        at = rows[block]
-        # Causality hides what comes after a block's last row from all of it, and nothing up to its first row.
-        first, end = (limits[start] + 1, limits[block][-1] + 1) if is_causal else (n, n)
-        hidden = ~causal(at, columns[first:end])
-        if mask is not None:
-            part = (mask if mask.shape[2] == 1 else mask.index_select(2, at))[..., :end].expand(batch, -1, -1, -1)
-            may_see = seen(part, at, is_causal)  # [B, H or 1, rows, end]
-        for b, head in itertools.product(range(batch), range(kv_heads)):
+    for b in range(batch):
+        shared: dict[int, _BlockMask] = {}  # by block, of a mask that is the same for all heads
+        for head in range(kv_heads):
+            keys = k[b, head].to(dtype).contiguous().t()  # [D, n]
             heads = slice(head * factor, (head + 1) * factor)
-            packed = probes[b, heads, block].flatten(0, 1)  # [factor * rows, D]
-            scores = space[: packed.shape[0] * end].view(-1, end)
-            torch.mm(packed, k[b, head, :end].to(dtype).t(), out=scores)
-            scores = scores.view(factor, -1, end)
-            if softcap is not None:
-                scores.copy_(soft_capped(scores, softcap))
-            if mask is None:
-                scores[..., first:].masked_fill_(hidden, float("-inf"))
-                torch.softmax(scores, -1, out=scores)
-            else:
-                own = slice(None) if mask.shape[1] == 1 else heads
-                if part.is_floating_point():
-                    scores += part[b, own]
-                scores.masked_fill_(~may_see[b, own], float("-inf"))
-                torch.softmax(scores, -1, out=scores)
-                # A row that sees nothing is padding: it gives no score and does not count.
-                scores.masked_fill_(~may_see[b, own].any(-1, keepdim=True), 0.0)
-            accumulated[b, head * groups // kv_heads, :end] += scores.view(-1, end).sum(0)
+            total = accumulated[b, head * groups // kv_heads]
+            for i, block in enumerate(blocks):
+                packed = probes[b, heads, block.rows].flatten(0, 1)  # [factor * rows, D]
+                flat = space[: packed.shape[0] * block.end].view(-1, block.end)
+                torch.mm(packed, keys[:, : block.end], out=flat)
+                scores = flat.view(factor, -1, block.end)
+                if softcap is not None:
+                    scores.copy_(soft_capped(scores, softcap))
+                if mask is None:
+                    if block.hidden is not None:
+                        scores[..., block.first :].masked_fill_(block.hidden, float("-inf"))
+                    torch.softmax(flat, -1, out=flat)
+                else:
+                    own = shared.get(i)
+                    if own is None:
+                        sample = mask[b if mask.shape[0] > 1 else 0][None]
+                        own = _mask_of(sample if mask.shape[1] == 1 else sample[:, heads], block, is_causal)
+                        if mask.shape[1] == 1:
+                            shared[i] = own
+                    if own.bias is not None:
+                        scores += own.bias
+                    scores.masked_fill_(own.hidden, float("-inf"))
+                    torch.softmax(flat, -1, out=flat)
+                    # A row that sees nothing is padding: it gives no score and does not count.
+                    scores.masked_fill_(own.blind, 0.0)
+                total[: block.end] += flat.sum(0)
     return accumulated / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, dtype)
 
 

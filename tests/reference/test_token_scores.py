@@ -46,7 +46,7 @@ def test_causal_flag_hides_in_addition_to_the_mask(paper, cases, mask):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_long_prompt_is_scored_in_blocks_of_rows(paper, cases, monkeypatch, mask, causal):
-    monkeypatch.setattr("zipvl_compile.kernels.token_scores_torch.BLOCK_SCORES", 1)  # 4 rows at a time
+    monkeypatch.setattr("zipvl_compile.kernels.token_scores_torch.BLOCK_SCORES", 1)  # 8 rows of 4 heads at a time
     q, k, _ = cases.qkv(batch=2, heads="gqa4", n=65, dim=8)
     check(paper, cases, q, k, cases.mask(mask, 2, 8, 65), is_causal=causal, recent=9, random=21)
 
