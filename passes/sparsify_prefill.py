@@ -116,14 +116,14 @@ def is_legal(site: AttentionSite, positions: Node) -> str:
         return CROSS_ATTENTION
     if not statically_known_true(q.shape[2] == k.shape[2]):
         return f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
-    if unreadable := _is_readable(site):
+    if unreadable := is_readable(site):
         return unreadable
     if site.mask is None and not site.is_causal:
         return "no causal mask: cross-attention or an encoder"
     return ""
 
 
-def _is_readable(site: AttentionSite) -> str:
+def is_readable(site: AttentionSite) -> str:
     """Return why the operators cannot read the site's inputs, or an empty string."""
     q, k = example(site.query), example(site.key)
     if site.dropout:
@@ -141,7 +141,7 @@ def is_legal_reader(site: AttentionSite, owner: AttentionSite) -> str:
         return "shared KV: this attention reads the keys and values of two cache layers"
     if site.is_causal and not _reads_whole_prompt(site):
         return "is_causal aligns queries with the first keys, not with the last"
-    return _is_readable(site)
+    return is_readable(site)
 
 
 def _reads_whole_prompt(site: AttentionSite) -> bool:

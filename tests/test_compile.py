@@ -10,6 +10,8 @@ from torch import nn
 
 import zipvl_compile
 from zipvl_compile.compiling import generating_modules
+from zipvl_compile.passes import unmask_dense
+from zipvl_compile.passes.graph_edit import calls
 from zipvl_compile.report import collect
 
 EVERY_LENGTH = {"inner": "eager", "min_tokens": 0}
@@ -48,6 +50,24 @@ def test_on_a_model_that_generates_it_equals_model_compile():
     assert torch.equal(out.sequences, expected.sequences)
     for a, b in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
         assert torch.equal(a.kept, b.kept) and a.kept.shape[2] < a.prompt_length
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_dense_prompt_attends_without_its_mask(monkeypatch, inner):
+    monkeypatch.setattr(unmask_dense, "LEAST", 16)
+    rewritten = []
+    apply = unmask_dense.apply
+
+    def counted(graph):
+        apply(graph)
+        rewritten.append(len(calls(graph, torch.ops.zipvl.sparse_attention)))
+
+    monkeypatch.setattr(unmask_dense, "apply", counted)
+    x = inputs("llava", batch=2, pad=7)
+    f, eager = compiled("llava", inner=inner, min_tokens=1 << 20), model("llava")
+    assert torch.equal(f.generate(**x, max_new_tokens=6), eager.generate(**x, max_new_tokens=6))
+    layers = eager.config.get_text_config().num_hidden_layers
+    assert max(rewritten) in (layers - 1, layers), rewritten  # of the last one, the demanded row only
 
 
 def test_a_wrapped_model_is_compiled_inside():

@@ -15,6 +15,7 @@ from zipvl_compile.passes import (
     prune_projections,
     read_compact_cache,
     sparsify_prefill,
+    unmask_dense,
 )
 from zipvl_compile.passes.pass_report import PassReport
 
@@ -39,6 +40,7 @@ def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
         demand_rows.apply(graph),
         prune_projections.apply(graph),
     ]
+    unmask_dense.apply(graph)
     keep_every_token.apply(graph)
     fuse_gathers.apply(graph)
     choose_kernels.apply(graph, options.kernel)
