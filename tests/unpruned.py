@@ -10,9 +10,9 @@ from zipvl_compile.passes.pass_report import PassReport
 
 
 @contextlib.contextmanager
-def without_pruning() -> Iterator[None]:
-    """Leave these passes out of the graphs compiled inside."""
-    passes = (pipeline.demand_rows, pipeline.prune_projections)
+def without_pruning(demand: bool = False) -> Iterator[None]:
+    """Leave `prune_projections` and, unless `demand`, `demand_rows` out of the graphs compiled inside."""
+    passes = (pipeline.prune_projections, *(() if demand else (pipeline.demand_rows,)))
     applied = [one.apply for one in passes]
     for one in passes:
         one.apply = lambda graph: PassReport("left out")
