@@ -1,8 +1,9 @@
 """The attention that no pass rewrote: left as it is, and named with the reason.
 
-This pass changes nothing. It runs last, so that a report lists every attention of the graph and every KV cache that no
-attention reads: a decoder that stays dense is never silent, and a vision tower that should stay dense says so. Only a
-hand-written attention of an unknown form that reads no cache goes unlisted: nothing tells it from any other softmax.
+This pass changes nothing. It runs after the passes that make attention sparse (`unmask_dense` takes masks away, and
+nothing else), so that a report lists every attention of the graph and every KV cache that no attention reads: a decoder
+that stays dense is never silent, and a vision tower that should stay dense says so. Only a hand-written attention of an
+unknown form that reads no cache goes unlisted: nothing tells it from any other softmax.
 """
 
 from __future__ import annotations
