@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zipvl_compile.backend import _allow_data_dependent_sizes
 from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import kv_view as _view  # noqa: F401  (registers the operators)
@@ -153,3 +154,23 @@ class Wrapped(nn.Module):
 
     def forward(self, *inputs):
         return self.function(*inputs)
+
+
+def rewritten(module, *inputs, passes, inner="eager", dynamic=False):
+    """Return the graph after the passes, and what it gives, compiled by `inner`."""
+    graphs = []
+
+    def backend(gm, inputs):
+        _allow_data_dependent_sizes(gm)
+        for one in passes:
+            one.apply(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        graphs.append(gm.graph)
+        return torch._dynamo.lookup_backend(inner)(gm, inputs)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        outputs = torch.compile(module, backend=backend, dynamic=dynamic)(*inputs)
+    torch._dynamo.reset()
+    return graphs[0], outputs

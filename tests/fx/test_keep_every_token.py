@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fx.hidden_states import Stack, hidden_states, without_spare
+from fx.modules import rewritten
 
 from zipvl_compile.passes import keep_every_token
 from zipvl_compile.passes.graph_edit import calls
@@ -12,21 +13,7 @@ N = 20
 
 
 def run(module, x, inner="eager", dynamic=False):
-    """Return the graph after the pass, and what it gives."""
-    graphs = []
-
-    def backend(gm, inputs):
-        keep_every_token.apply(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-        graphs.append(gm.graph)
-        return torch._dynamo.lookup_backend(inner)(gm, inputs)
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        outputs = torch.compile(module, backend=backend, dynamic=dynamic)(x)
-    torch._dynamo.reset()
-    return graphs[0], outputs
+    return rewritten(module, x, passes=[keep_every_token], inner=inner, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from fx.eager_forms import llama
 from fx.hidden_states import Stack, hidden_states
+from fx.modules import rewritten
 from fx.test_masks import CASES, PADDING
 
-from zipvl_compile.backend import _allow_data_dependent_sizes
 from zipvl_compile.passes import demand_rows, unmask_dense
 from zipvl_compile.passes.graph_edit import calls, example
 
@@ -47,24 +47,7 @@ def short_prompts(monkeypatch):
 
 
 def run(module, *inputs, before=(), inner="eager", dynamic=False):
-    """Return the graph after the pass, and what it gives, compiled."""
-    graphs = []
-
-    def backend(gm, inputs):
-        _allow_data_dependent_sizes(gm)
-        for one in before:
-            one.apply(gm.graph)
-        unmask_dense.apply(gm.graph)
-        gm.graph.lint()
-        gm.recompile()
-        graphs.append(gm.graph)
-        return torch._dynamo.lookup_backend(inner)(gm, inputs)
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        output = torch.compile(module, backend=backend, dynamic=dynamic)(*inputs)
-    torch._dynamo.reset()
-    return graphs[0], output
+    return rewritten(module, *inputs, passes=[*before, unmask_dense], inner=inner, dynamic=dynamic)
 
 
 def check(module, padding, x, **options):
