@@ -61,7 +61,7 @@ kernels: $(STAMP)
 	$(BIN)/python benchmarks/kernel_resources.py
 
 train: $(STAMP)
-	$(BIN)/python -m zipvl_compile.tiny_lvlm.train --out zipvl_compile/tiny_lvlm/checkpoint
+	$(BIN)/python -m zipvl_compile.demo.tiny_lvlm.train --out zipvl_compile/demo/tiny_lvlm/checkpoint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

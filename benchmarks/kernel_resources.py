@@ -29,11 +29,11 @@ from triton.runtime.jit import JITFunction
 
 from zipvl_compile.kernels import append_tokens as _append
 from zipvl_compile.kernels import decode_attention as _decode
-from zipvl_compile.kernels import dispatch
 from zipvl_compile.kernels import gather_tokens as _gather
 from zipvl_compile.kernels import select_tokens as _select
 from zipvl_compile.kernels import sparse_attention as _attend
 from zipvl_compile.kernels import token_scores as _score
+from zipvl_compile.kernels.common import dispatch
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TARGETS = {

@@ -14,10 +14,10 @@ import pytest
 import torch
 from harness import report
 
-from zipvl_compile.compare import answer
-from zipvl_compile.prompts import load, prompt_inputs
-from zipvl_compile.tiny_lvlm import CHECKPOINT
-from zipvl_compile.tiny_lvlm.evaluate import exact_match, questions_for_demo
+from zipvl_compile.demo.compare import answer
+from zipvl_compile.demo.prompts import load, prompt_inputs
+from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
+from zipvl_compile.demo.tiny_lvlm.evaluate import exact_match, questions_for_demo
 
 QUESTIONS = 500
 VARIANTS = {

@@ -9,7 +9,7 @@ import torch
 from harness import KEEP_RATIO, decoder, prompt, report, timed
 from torch._inductor.utils import fresh_inductor_cache
 
-from zipvl_compile.machine import machine
+from zipvl_compile.report.machine import machine
 
 LAYERS, TOKENS, ROUNDS = 8, 1024, 5
 BACKENDS = {

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
-from unpruned import without_pruning
+from support.unpruned import without_pruning
 
-from zipvl_compile.machine import machine, sparse_prefill_attention
 from zipvl_compile.passes.cost_model import AttentionShape, seconds
+from zipvl_compile.report.machine import machine, sparse_prefill_attention
 
 LAYERS = 8
 LENGTHS = [1024, 2048, 4096, 8192, 16384] if not torch.cuda.is_available() else [4096, 8192, 16384, 32768]

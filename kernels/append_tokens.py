@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.checks import fail
-from zipvl_compile.kernels.dispatch import is_traced, launchable, use_triton
-from zipvl_compile.kernels.tiles import strides, unit_stride
+from zipvl_compile.kernels.common.checks import fail
+from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.tiles import strides, unit_stride
 
 
 @torch.library.custom_op("zipvl::append_tokens_torch", mutates_args=("keys", "values"))

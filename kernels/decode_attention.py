@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels import tiles
-from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
-from zipvl_compile.kernels.dense_attention import dense_attention
-from zipvl_compile.kernels.dispatch import is_traced, launchable, use_triton
-from zipvl_compile.kernels.masks import take
-from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
+from zipvl_compile.kernels.common import tiles
+from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
+from zipvl_compile.kernels.common.dense_attention import dense_attention
+from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.masks import take
+from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 
 PROGRAMS = 1024  # enough to fill a large GPU several times
 MAX_SPLITS = 64

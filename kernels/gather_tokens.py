@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.checks import check_positions, fail
-from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.tiles import unit_stride
-from zipvl_compile.kernels.token_copies import take_rows
+from zipvl_compile.kernels.common.checks import check_positions, fail
+from zipvl_compile.kernels.common.dispatch import launchable, use_triton
+from zipvl_compile.kernels.common.tiles import unit_stride
+from zipvl_compile.kernels.common.token_copies import take_rows
 
 ROWS = 32  # tokens that one program copies
 

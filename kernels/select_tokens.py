@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.checks import fail
-from zipvl_compile.kernels.dispatch import launchable, use_triton
+from zipvl_compile.kernels.common.checks import fail
+from zipvl_compile.kernels.common.dispatch import launchable, use_triton
 
 FIXED = float(2**40)
 MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit

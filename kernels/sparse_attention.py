@@ -20,12 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels import fastest, tiles
-from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
-from zipvl_compile.kernels.dispatch import launchable, use_triton
-from zipvl_compile.kernels.masks import take
+from zipvl_compile.kernels.common import autotune as fastest
+from zipvl_compile.kernels.common import tiles
+from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
+from zipvl_compile.kernels.common.dispatch import launchable, use_triton
+from zipvl_compile.kernels.common.masks import take
+from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, attend_torch, empty_output
-from zipvl_compile.kernels.tiles import absorb, capped, dot, masked
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
 

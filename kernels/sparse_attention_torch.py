@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zipvl_compile.kernels.checks import per_head
-from zipvl_compile.kernels.dense_attention import dense_attention
-from zipvl_compile.kernels.masks import causal, take, visible
-from zipvl_compile.kernels.token_copies import put_rows, take_rows
+from zipvl_compile.kernels.common.checks import per_head
+from zipvl_compile.kernels.common.dense_attention import dense_attention
+from zipvl_compile.kernels.common.masks import causal, take, visible
+from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
 
 
 def empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

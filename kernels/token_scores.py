@@ -23,10 +23,10 @@ import triton.language as tl
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels import token_scores_torch as _torch  # noqa: F401  (registers the operator)
-from zipvl_compile.kernels.checks import check_attention_inputs, check_mask, fail
-from zipvl_compile.kernels.dispatch import is_traced, launchable, use_triton
-from zipvl_compile.kernels.masks import rows_that_see
-from zipvl_compile.kernels.tiles import (
+from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, fail
+from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.masks import rows_that_see
+from zipvl_compile.kernels.common.tiles import (
     capped,
     dot,
     head_blocks,

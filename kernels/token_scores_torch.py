@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zipvl_compile.kernels.dense_attention import soft_capped
-from zipvl_compile.kernels.masks import causal, rows_that_see, seen
+from zipvl_compile.kernels.common.dense_attention import soft_capped
+from zipvl_compile.kernels.common.masks import causal, rows_that_see, seen
 from zipvl_compile.kernels.probe_rows import cached_probe_rows
 
 BLOCK_SCORES = 1 << 18  # scores that are computed at a time, 1 MiB: others may be using the last level of cache

@@ -33,13 +33,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
-from zipvl_compile.passes.chosen_rows import Slice, size
-from zipvl_compile.passes.exclusive_rows import computed_only_for, under_autocast
-from zipvl_compile.passes.graph_edit import args_of, arguments, calls, erase_unread, example, insert_call, is_call
-from zipvl_compile.passes.normalize_attention import SDPA, SDPA_ARGUMENTS
-from zipvl_compile.passes.pass_report import Demand, PassReport
-from zipvl_compile.passes.token_axis import Mixes, every_axis
-from zipvl_compile.passes.token_rows import Axes, Cone
+from zipvl_compile.passes.graph.graph import args_of, arguments, calls, erase_unread, example, insert_call, is_call
+from zipvl_compile.passes.match.outcome import Demand, PassReport
+from zipvl_compile.passes.match.sdpa import SDPA, SDPA_ARGUMENTS
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes, every_axis
+from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
+from zipvl_compile.passes.tokenwise.row_select import Slice, size
+from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, under_autocast
 
 ops = torch.ops.zipvl
 LAST = slice(-1, None, None)

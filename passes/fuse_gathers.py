@@ -21,8 +21,8 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.attention_site import same_shape
-from zipvl_compile.passes.graph_edit import calls, example, insert_call, is_call
+from zipvl_compile.passes.graph.graph import calls, example, insert_call, is_call
+from zipvl_compile.passes.match.attention_site import same_shape
 
 ops = torch.ops.zipvl
 

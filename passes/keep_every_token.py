@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.passes.graph_edit import args_of, calls, example, insert_call, is_call
+from zipvl_compile.passes.graph.graph import args_of, calls, example, insert_call, is_call
 
 ops = torch.ops.zipvl
 

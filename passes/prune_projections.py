@@ -33,15 +33,15 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes import rows_below
-from zipvl_compile.passes.attention_site import module_path
-from zipvl_compile.passes.chosen_rows import OfEachSample, Shared, kept_rows, one_sample, size
 from zipvl_compile.passes.demand_rows import LAST, has_last_row, narrow_query
-from zipvl_compile.passes.exclusive_rows import computed_only_for
-from zipvl_compile.passes.graph_edit import args_of, calls, erase_unread, example, insert_call, is_call
-from zipvl_compile.passes.pass_report import PARTS, PassReport, Pruning
-from zipvl_compile.passes.token_axis import Mixes
-from zipvl_compile.passes.token_rows import Axes, Cone
+from zipvl_compile.passes.graph.graph import args_of, calls, erase_unread, example, insert_call, is_call
+from zipvl_compile.passes.match.attention_site import module_path
+from zipvl_compile.passes.match.outcome import PARTS, PassReport, Pruning
+from zipvl_compile.passes.tokenwise import forward_slice as rows_below
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes
+from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, size
+from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 ops = torch.ops.zipvl
 Rows = Shared | OfEachSample

@@ -28,12 +28,13 @@ from torch.fx import Graph, Node
 
 from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import kv_view as _view  # noqa: F401
-from zipvl_compile.passes import attention_site, normalize_attention
-from zipvl_compile.passes.attention_site import AttentionSite
-from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call, op_name
-from zipvl_compile.passes.masks import four_axes
-from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
-from zipvl_compile.passes.token_rows import Cone, TokenRows, first_computed_from
+from zipvl_compile.passes.graph.graph import calls, erase_orphans, example, insert_call, is_call, op_name
+from zipvl_compile.passes.masks.mask_form import four_axes
+from zipvl_compile.passes.match import attention_site
+from zipvl_compile.passes.match import sdpa as normalize_attention
+from zipvl_compile.passes.match.attention_site import AttentionSite
+from zipvl_compile.passes.match.outcome import PassReport, SiteOutcome
+from zipvl_compile.passes.tokenwise.backward_slice import Cone, TokenRows, first_computed_from
 
 ops = torch.ops.zipvl
 

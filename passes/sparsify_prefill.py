@@ -40,14 +40,15 @@ from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
 from zipvl_compile.kernels import select_tokens as _select  # noqa: F401
 from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
 from zipvl_compile.kernels import token_scores as _score  # noqa: F401
-from zipvl_compile.passes import attention_site, normalize_attention
-from zipvl_compile.passes.attention_site import AttentionSite
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape
-from zipvl_compile.passes.graph_edit import calls, erase_orphans, example, insert_call, is_call
-from zipvl_compile.passes.masks import CanonicalMasks, MaskForm, four_axes
-from zipvl_compile.passes.pass_report import PassReport, SiteOutcome
-from zipvl_compile.passes.token_rows import first_computed_from
-from zipvl_compile.passes.token_source import CROSS_ATTENTION, is_cross_attention
+from zipvl_compile.passes.graph.graph import calls, erase_orphans, example, insert_call, is_call
+from zipvl_compile.passes.masks.mask_form import CanonicalMasks, MaskForm, four_axes
+from zipvl_compile.passes.match import attention_site
+from zipvl_compile.passes.match import sdpa as normalize_attention
+from zipvl_compile.passes.match.attention_site import AttentionSite
+from zipvl_compile.passes.match.cross_attention import CROSS_ATTENTION, is_cross_attention
+from zipvl_compile.passes.match.outcome import PassReport, SiteOutcome
+from zipvl_compile.passes.tokenwise.backward_slice import first_computed_from
 
 ops = torch.ops.zipvl
 LeastTokens = Callable[[AttentionShape, torch.dtype, torch.device], int]

@@ -20,14 +20,14 @@ from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import masks as _masks  # noqa: F401
 from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
-from zipvl_compile.passes import normalize_attention
-from zipvl_compile.passes.attention_site import AttentionSite
-from zipvl_compile.passes.exclusive_rows import under_autocast
-from zipvl_compile.passes.graph_edit import example, insert_call
-from zipvl_compile.passes.masks import CanonicalMasks
+from zipvl_compile.kernels.common import masks as _masks  # noqa: F401
+from zipvl_compile.passes.graph.graph import example, insert_call
+from zipvl_compile.passes.masks.mask_form import CanonicalMasks
+from zipvl_compile.passes.match import sdpa as normalize_attention
+from zipvl_compile.passes.match.attention_site import AttentionSite
 from zipvl_compile.passes.sparsify_prefill import is_readable
+from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 
 ops = torch.ops.zipvl
 LEAST = 512  # tokens; of shorter prompts the mask costs less than a call of our operator does on a CPU

@@ -15,12 +15,12 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
-from zipvl_compile import kv_cache as _kv_cache  # noqa: F401  (registers the cache layer)
+from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
+from zipvl_compile.dynamo import gradients_matter
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.graph_edit import is_call
+from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.pipeline import rewrite
-from zipvl_compile.report import record
-from zipvl_compile.tracing import gradients_matter
+from zipvl_compile.report.compile_report import record
 
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that would silently run in eager mode. Raised when the backend is

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from zipvl_compile.costs import least_tokens
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
     demand_rows,
     fuse_gathers,
     keep_every_token,
-    leave_dense,
     prune_projections,
     read_compact_cache,
     sparsify_prefill,
     unmask_dense,
 )
-from zipvl_compile.passes.pass_report import PassReport
+from zipvl_compile.passes.match import left_dense as leave_dense
+from zipvl_compile.passes.match.outcome import PassReport
+from zipvl_compile.report.costs import least_tokens
 
 
 def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from families.family import REWRITTEN
-from tiny_models import FAMILIES, compiled, inputs, model
+from support.tiny_models import FAMILIES, compiled, inputs, model
+from support.unpruned import without_pruning
 from transformers import DynamicCache
-from unpruned import without_pruning
 
-from zipvl_compile.report import CompileReport, collect
+from zipvl_compile.report.compile_report import CompileReport, collect
 
 RESULTS = Path(__file__).parents[2] / "build" / "families"
 NEW_TOKENS = 8

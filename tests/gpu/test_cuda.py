@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_llava import compiled, inputs, model
+from support.tiny_llava import compiled, inputs, model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted.compare import DTYPES, SHAPES, exactly, inputs
-from reference.cases import assert_as_accurate, padding, qkv
+from support.cases import assert_as_accurate, padding, qkv
+from support.compare_kernels import DTYPES, SHAPES, exactly, inputs
 
-from zipvl_compile.kernels import fastest
 from zipvl_compile.kernels.append_tokens import append_tokens
+from zipvl_compile.kernels.common import autotune as fastest
 from zipvl_compile.kernels.decode_attention import decode_attention
 from zipvl_compile.kernels.gather_tokens import gather_kv, gather_tokens
 from zipvl_compile.kernels.select_tokens import select_tokens

@@ -4,10 +4,10 @@ import numpy
 import pytest
 import torch
 import triton
-from quiet import one_thread_without_gradients  # noqa: F401
-from reference import cases as shared_cases
+from support import cases as shared_cases
+from support.quiet import one_thread_without_gradients  # noqa: F401
 
-from zipvl_compile.kernels.dispatch import interpreted
+from zipvl_compile.kernels.common.dispatch import interpreted
 
 # Triton 3.6's interpreter fails with NumPy 2.4: "only 0-dimensional arrays can be converted to Python scalars".
 BROKEN = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted.compare import DTYPES, check
+from support.compare_kernels import DTYPES, check
 
 from zipvl_compile.kernels import decode_attention as module
+from zipvl_compile.kernels.common.masks import visible
 from zipvl_compile.kernels.decode_attention import decode_attention
-from zipvl_compile.kernels.masks import visible
 
 SHAPES = {  # batch, heads, kept, later tokens, new tokens, head_dim, value head_dim, mask
     "first-step": (1, "mha", 1, 1, 1, 16, 16, "none"),

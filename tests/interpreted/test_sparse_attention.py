@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted.compare import DTYPES, SHAPES, check, inputs, padding_row
+from support.compare_kernels import DTYPES, SHAPES, check, inputs, padding_row
 
+from zipvl_compile.kernels.common.masks import take, visible
 from zipvl_compile.kernels.gather_tokens import gather_tokens
-from zipvl_compile.kernels.masks import take, visible
 from zipvl_compile.kernels.sparse_attention import _attend_triton, sparse_attention, tilings
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted.compare import DTYPES, SHAPES, check, exactly, inputs, padding_row
+from support.compare_kernels import DTYPES, SHAPES, check, exactly, inputs, padding_row
 
 from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.kernels.token_scores import token_scores

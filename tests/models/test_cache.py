@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from tiny_llava import compiled, inputs, model, shared
+from support.tiny_llava import compiled, inputs, model, shared
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 import zipvl_compile
-from zipvl_compile.kv_cache import CompactLayer, spare_tokens
+from zipvl_compile.cache.compact_layer import CompactLayer, spare_tokens
 
 
 def prefill(f, x):
@@ -296,7 +296,7 @@ def test_a_cache_that_another_batch_filled_is_refused_and_unchanged():
 def test_a_cache_without_config_stays_dense_right_and_reported():
     x = inputs(text=20)
     f = shared(tau=0.5)
-    with zipvl_compile.report.collect() as reports, torch.no_grad():
+    with zipvl_compile.report.compile_report.collect() as reports, torch.no_grad():
         out = f(**x, past_key_values=DynamicCache(), use_cache=True)
     torch.testing.assert_close(out.logits, prefill(model(), x).logits)
     reasons = {site.reason for report in reports for site in report.sites if "language_model" in site.layer}

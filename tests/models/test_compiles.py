@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_llava import compiled, inputs, model
+from support.tiny_llava import compiled, inputs, model
 
-from zipvl_compile.report import collect
+from zipvl_compile.report.compile_report import collect
 
 
 def decoder_graphs(reports):

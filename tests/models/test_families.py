@@ -11,11 +11,11 @@ import torch
 import transformers
 from families.family import REWRITTEN
 from families.run import generate, problems, prompts, run
-from tiny_models import FAMILIES, VOCAB, compiled, inputs, model
+from support.tiny_models import FAMILIES, VOCAB, compiled, inputs, model
 
+from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.compiling import generating_modules
-from zipvl_compile.kv_cache import CompactLayer
-from zipvl_compile.report import collect
+from zipvl_compile.report.compile_report import collect
 
 pytestmark = pytest.mark.slow
 DETAIL = (

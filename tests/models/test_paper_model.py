@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference import paper
-from tiny_llava import compiled, inputs, model
+from support import paper
+from support.tiny_llava import compiled, inputs, model
 
 from zipvl_compile.kernels.probe_rows import probe_rows
 

@@ -1,9 +1,9 @@
 """The float64 model of the paper and the shared cases, as fixtures."""
 
 import pytest
-from quiet import one_thread_without_gradients  # noqa: F401
-from reference import cases as shared_cases
-from reference import paper as model_of_the_paper
+from support import cases as shared_cases
+from support import paper as model_of_the_paper
+from support.quiet import one_thread_without_gradients  # noqa: F401
 
 
 @pytest.fixture(scope="session")

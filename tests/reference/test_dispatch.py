@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from zipvl_compile.kernels import dispatch
-from zipvl_compile.kernels.dispatch import use_triton
+from zipvl_compile.kernels.common import dispatch
+from zipvl_compile.kernels.common.dispatch import use_triton
 
 X = torch.zeros(1, 2, 3, 64)
 ON_A_CPU = {"auto": False, "torch": False}

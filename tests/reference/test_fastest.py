@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from zipvl_compile.kernels import fastest
+from zipvl_compile.kernels.common import autotune as fastest
 
 
 @pytest.fixture

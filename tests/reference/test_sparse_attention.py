@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.cases import MASKS
+from support.cases import MASKS
 
+from zipvl_compile.cache.compact_layer import spare_tokens
 from zipvl_compile.kernels.gather_tokens import gather_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, plan_length
-from zipvl_compile.kv_cache import spare_tokens
 
 
 def choose(batch, groups, n, p, seed=0):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.cases import MASKS
+from support.cases import MASKS
 
 from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.kernels.token_scores import token_scores

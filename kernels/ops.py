@@ -1,0 +1,19 @@
+"""Every operator of this package: importing this module registers them all as `torch.ops.zipvl.*`."""
+
+from __future__ import annotations
+
+import importlib
+
+OPERATORS = (
+    "append_tokens",
+    "decode_attention",
+    "gather_tokens",
+    "kv_view",
+    "probe_rows",
+    "select_tokens",
+    "sparse_attention",
+    "token_scores",
+)
+
+for _operator in OPERATORS:
+    importlib.import_module(f"zipvl_compile.kernels.{_operator}")

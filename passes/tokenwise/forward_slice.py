@@ -1,0 +1,196 @@
+"""What is computed below a tensor whose rows are zero but for a few.
+
+Attention gives zero to a token that was not selected. As long as the operations below treat every token by itself, all
+those tokens come to one and the same row, which is computed once, or not at all where it is zero again:
+
+    linear(0, w, None) = 0              linear(0, w, bias) = bias               0 * gate(h) = 0
+    rms_norm(0) = 0                     rms_norm(bias) = one row for all of them
+
+`find` follows the tensor downwards to where it meets tokens again, as in the residual connection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from zipvl_compile.passes.graph.graph import arguments, erase_unread, example, insert_call, op_name
+from zipvl_compile.passes.match.attention_site import changed_in_place, same_shape
+from zipvl_compile.passes.tokenwise.axis_rules import RESHAPES, Mixes, axis_below, carried, holds_tensors
+from zipvl_compile.passes.tokenwise.backward_slice import Axes, copy_for_rows, multiplies, reads_size
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, size
+
+_ZERO_TO_ZERO = (
+    *RESHAPES, "to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach",
+    "neg", "abs", "silu", "relu", "tanh", "gelu", "dropout", "expand", "split", "chunk", "unbind", "getitem",
+    "transpose", "swapaxes", "permute", "repeat_interleave", "mean", "sum", "rms_norm", "matmul", "mm",
+)  # fmt: skip
+
+
+@dataclass
+class Below:
+    """Row-wise operations below `start`, whose rows are zero but for the kept tokens'.
+
+    Attributes:
+        nodes: `start` and the operations, with their axes.
+        zero: those whose other rows are zero, too; those of the rest are one row that is the same for all tokens.
+        others: by operation, the tensors with tokens of their own that it reads, such as a gate.
+        stops: why it goes no lower, by node.
+    """
+
+    start: Node
+    nodes: dict[Node, Axes] = field(default_factory=dict)
+    zero: set[Node] = field(default_factory=set)
+    others: dict[Node, dict[Node, Axes]] = field(default_factory=dict)
+    stops: dict[Node, str] = field(default_factory=dict)
+
+    @property
+    def results(self) -> list[Node]:
+        """Return what is read from outside, in order."""
+        return sorted(n for n in self.nodes if any(u not in self.nodes and not reads_size(u) for u in n.users))
+
+    @property
+    def projects(self) -> bool:
+        return any(multiplies(node) for node in self.nodes)
+
+    def replace(self, kept: Node, rows: Shared | OfEachSample, tokens: Any) -> None:
+        """Compute the operations for the kept tokens, from their rows `kept` of `start`, and put the results back.
+
+        Args:
+            kept: `start` at the kept tokens, before `start` in the graph.
+            rows: the kept tokens.
+            tokens: how many there are in all, a number or a node.
+        """
+        results = set(self.results)
+        new = {self.start: kept}
+        constant = {} if results <= self.zero else {self.start: self._zero_row(kept)}
+        for node, axes in sorted(self.nodes.items()):
+            others = self.others.get(node, {})
+            if node is not self.start:
+                taken = {x: rows.take(x, own, node) for x, own in others.items()}
+                new |= copy_for_rows({node: axes}, new | taken, rows.count, node)
+            if constant and node is not self.start:
+                if others:  # zero times anything
+                    constant[node] = next(constant[x] for x in node.all_input_nodes if x in self.zero)
+                else:
+                    constant |= copy_for_rows({node: axes}, constant, 1, node)
+            if node in results:
+                self._put_back(node, new[node], constant.get(node), rows, tokens)
+        erase_unread(sorted(self.nodes, reverse=True))
+
+    def _zero_row(self, kept: Node) -> Node:
+        axes = range(example(kept).dim())
+        sizes = [1 if axis == self.nodes[self.start].token else size(kept, axis, self.start) for axis in axes]
+        return insert_call(self.start, torch.ops.aten.new_zeros.default, (kept, sizes))
+
+    def _put_back(self, node: Node, kept: Node, other: Node | None, rows: Shared | OfEachSample, tokens: Any) -> None:
+        axes = self.nodes[node]
+        zero = node in self.zero or other is None
+        if zero:
+            for user in [user for user in node.users if user not in self.nodes]:
+                if (residual := _added_to(user, node)) is not None:
+                    taken = {residual: rows.take(residual, axes, user), node: kept}
+                    total = insert_call(user, torch.add, tuple(taken[x] for x in user.all_input_nodes))
+                    user.replace_all_uses_with(rows.put(total, axes, residual, user))
+                    erase_unread([user])
+        users = [user for user in node.users if user not in self.nodes]
+        if not users:
+            return
+        sizes = [tokens if i == axes.token else size(kept, i, node) for i in range(example(node).dim())]
+        if zero:
+            base = insert_call(node, torch.ops.aten.new_zeros.default, (kept, sizes))
+        else:
+            base = insert_call(node, torch.ops.aten.expand.default, (other, sizes))
+        full = rows.put(kept, axes, base, node)
+        for user in users:
+            user.replace_input_with(node, full)
+
+
+def _added_to(user: Node, node: Node) -> Node | None:
+    """Return the tensor that `user` does nothing but add `node` to, of the same shape and dtype, or None.
+
+    It then gets the sums in its few rows; adding a tensor of zeros would read and write all the others once more.
+    """
+    if op_name(user) != "add" or len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
+        return None
+    (other,) = (x for x in user.all_input_nodes if x is not node)
+    values = [example(x) for x in (user, node, other)]
+    if changed_in_place(user) or not all(isinstance(x, torch.Tensor) for x in values):
+        return None
+    alike = all(x.dtype == values[0].dtype and same_shape(x.shape, values[0].shape) for x in values)
+    return other if alike else None
+
+
+def find(start: Node, axes: Axes) -> Below:
+    """Return the row-wise operations below `start`."""
+    below = Below(start, {start: axes}, {start})
+    node = start.next
+    while node.op != "output":
+        if not below.nodes.keys().isdisjoint(node.all_input_nodes) and not reads_size(node):
+            try:
+                _add(below, node)
+            except Mixes as reason:
+                below.stops[node] = str(reason)
+        node = node.next
+    while cut := [node for node in below.results if not isinstance(example(node), torch.Tensor)]:
+        _remove(below, cut[0])  # the tensors of a split cannot be put back all at once
+    return below
+
+
+def _remove(below: Below, node: Node) -> None:
+    del below.nodes[node]
+    below.zero.discard(node)
+    below.others.pop(node, None)
+    for user in [user for user in node.users if user in below.nodes]:
+        _remove(below, user)
+
+
+def _add(below: Below, node: Node) -> None:
+    given = {x: below.nodes[x] for x in node.all_input_nodes if x in below.nodes}
+    if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
+        raise Mixes(f"the result of {op_name(node)!r} is changed in place")
+    token = axis_below(node, {x: axes.token for x, axes in given.items()})
+    batch, samples = None, {}
+    if below.nodes[below.start].batch is not None:
+        batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
+        samples = carried(node, batch)
+    others = {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
+    zero = _stays_zero(node, {x for x in given if x in below.zero}, set(given))
+    if others:
+        alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))
+        known = {x: a for given in below.others.values() for x, a in given.items()}
+        if op_name(node) != "mul" or not zero or not alike or any(known.get(x, a) != a for x, a in others.items()):
+            raise Mixes(f"{op_name(node)!r} meets a tensor with tokens of its own")
+        below.others[node] = others
+    below.nodes[node] = Axes(token, batch)
+    if zero:
+        below.zero.add(node)
+
+
+def _stays_zero(node: Node, zeros: set[Node], given: set[Node]) -> bool:
+    """Return whether a row of zeros in the inputs `zeros` of the inputs `given` makes a row of zeros."""
+    name = op_name(node)
+    if name == "mul":
+        return bool(zeros)
+    if zeros != given:
+        return False
+    if name == "linear":
+        return arguments(node, "input", "weight", "bias").get("bias") is None
+    if name == "layer_norm":
+        return arguments(node, "input", "shape", "weight", "bias").get("bias") is None
+    if name == "truediv":
+        return node.args[0] in zeros and node.args[1] not in zeros
+    if name == "pow":
+        power = node.args[1]
+        return isinstance(power, (int, float)) and power > 0
+    if name in ("add", "sub", "cat"):
+        return all(x in zeros for x in _leaves(node)) and not node.kwargs.get("alpha")
+    return name in _ZERO_TO_ZERO
+
+
+def _leaves(node: Node) -> list:
+    first = node.args[0] if op_name(node) == "cat" else node.args
+    return list(first)  # type: ignore[call-overload, arg-type]

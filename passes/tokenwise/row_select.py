@@ -1,0 +1,114 @@
+"""Some tokens of a tensor: taken from it, and put back.
+
+index_select(x, axis, rows)                    the same rows for every sample: probe rows, or a batch of one
+gather(x, axis, positions)                     the kept tokens of each sample
+x[:, -1:]                                      a slice, or an index that is a tensor
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from zipvl_compile.passes.graph.graph import example, insert_call
+from zipvl_compile.passes.tokenwise.backward_slice import Axes
+
+_ALL = slice(None)
+
+
+def size(x: Node, axis: int, before: Node) -> Any:
+    """Return a size of `x`: a number, or a node inserted before another where only the running graph knows it."""
+    known = example(x).shape[axis]
+    return known if isinstance(known, int) else insert_call(before, torch.ops.aten.sym_size.int, (x, axis))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows `index`; what was taken further up the graph is not taken again."""
+
+    index: Node
+    count: Any
+    taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
+
+    def take(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of `x`, inserted before a node."""
+        key = x, axes
+        if key not in self.taken or before < self.taken[key]:
+            self.taken[key] = self._take(x, axes, before)
+        return self.taken[key]
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        raise NotImplementedError
+
+
+class Shared(_Rows):
+    """Rows `index`, int64 `[m]`, of every sample."""
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        return insert_call(before, torch.index_select, (x, axes.token, self.index))
+
+    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
+        """Return `base` with `rows` in their places."""
+        return insert_call(before, torch.index_copy, (base, axes.token, self.index, rows))
+
+
+class OfEachSample(_Rows):
+    """Rows `index`, int64 `[B, P]`, of each sample its own; a tensor that all samples share gets an axis of samples."""
+
+    def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        assert axes.batch is not None
+        missing = max(-axes.batch, 0)
+        if missing:
+            x = insert_call(before, operator.getitem, (x, (*[None] * missing, Ellipsis)))
+        token, batch = axes.token + missing, max(axes.batch, 0)
+        index = self._spread(example(x).dim(), token, batch, before)
+        # Broadcast by hand: torch.take_along_dim compares the sizes, of which P is not known while compiling.
+        sizes = [-1 if axis in (token, batch) else size(x, axis, before) for axis in range(example(x).dim())]
+        if one_sample(x, batch):
+            samples = [size(index, batch, before) if axis == batch else -1 for axis in range(len(sizes))]
+            x = insert_call(before, torch.ops.aten.expand.default, (x, samples))
+        return insert_call(
+            before, torch.gather, (x, token, insert_call(before, torch.ops.aten.expand.default, (index, sizes)))
+        )
+
+    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
+        """Return `base` with `rows` in their places."""
+        assert axes.batch is not None
+        index = self._spread(example(rows).dim(), axes.token, axes.batch, before)
+        index = insert_call(before, torch.ops.aten.expand_as.default, (index, rows))
+        return insert_call(before, torch.scatter, (base, axes.token, index, rows))
+
+    def _spread(self, axes: int, token: int, batch: int, before: Node) -> Node:
+        index = self.index if batch < token else insert_call(before, torch.transpose, (self.index, 0, 1))
+        where = tuple(_ALL if axis in (token, batch) else None for axis in range(axes))
+        return insert_call(before, operator.getitem, (index, where))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `index` of every sample: a slice, or a node that holds an int64 tensor `[m]`."""
+
+    index: Any
+
+    def take(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of `x`, inserted before a node."""
+        return insert_call(before, operator.getitem, (x, (*[_ALL] * axes.token, self.index)))
+
+
+def kept_rows(positions: Node) -> Shared | OfEachSample:
+    """Return the rows at `positions [B, 1, P]` as select_tokens returned them."""
+    before = positions.next
+    count = size(positions, 2, before)
+    if one_sample(positions):
+        return Shared(insert_call(before, operator.getitem, (positions, (0, 0))), count)
+    return OfEachSample(insert_call(before, operator.getitem, (positions, (_ALL, 0))), count)
+
+
+def one_sample(x: Node, batch: int = 0) -> bool:
+    """Return whether the axis `batch` of `x` is known to be 1."""
+    return statically_known_true(example(x).shape[batch] == 1)

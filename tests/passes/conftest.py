@@ -1,0 +1,53 @@
+"""`record`: compile with the passes, run once; the float64 model of the paper."""
+
+import pytest
+import torch
+from support import graph_modules as small_modules
+from support import paper as model_of_the_paper
+from support.quiet import one_thread_without_gradients  # noqa: F401
+from support.recording import SELECTION, Recorder
+
+from zipvl_compile.kernels.probe_rows import probe_rows
+
+
+@pytest.fixture(scope="session")
+def paper():
+    """Return the float64 model of the paper, which shares no code with the operators."""
+    return model_of_the_paper
+
+
+@pytest.fixture(scope="session")
+def modules():
+    """Return the small modules whose graphs are rewritten."""
+    return small_modules
+
+
+@pytest.fixture
+def record():
+    """Return `record(module, *inputs, ...)`: compile, run once, return the output and the recorder."""
+    torch._dynamo.reset()
+
+    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, prune=False, **selection):
+        recorder = Recorder(SELECTION | selection if passes else None, inner, prune)
+        recorder.compiled = torch.compile(module, backend=recorder, dynamic=dynamic)
+        return recorder.compiled(*inputs), recorder
+
+    yield compile_and_run
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def by_the_paper(paper):
+    """Return `by_the_paper(q, k, v, ...)`: output and kept positions in float64, for the selection of `record`."""
+
+    def compute(q, k, v, *, mask=None, is_causal=True, scale=None, softcap=None, **changed):
+        chosen = SELECTION | changed
+        rows = probe_rows(q.shape[2], chosen["recent"], chosen["random"], chosen["seed"])
+        look = {"mask": mask, "is_causal": is_causal, "scale": scale, "softcap": softcap}
+        scores, visible = paper.scores(q, k, rows, **look)
+        kept = paper.selection(
+            scores, visible, tau=chosen["tau"], keep_ratio=chosen["keep_ratio"], keep_recent=chosen["keep_recent"]
+        )
+        return paper.attention(q, k, v, kept, all_queries=chosen["all_queries"], **look), kept
+
+    return compute

@@ -1,0 +1,167 @@
+"""Rows of the last hidden state that nobody reads are not computed; those that are read stay the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.hidden_states import PROBES, RATIO, WIDTH, N, P, Stack, both, hidden_states, widths
+
+HEAD = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+SOME = torch.tensor([19, 3, 4])
+
+
+def logits(x):
+    return F.linear(x, HEAD)
+
+
+READS = {
+    "slice": (lambda x: logits(x[:, -1:]), 1),
+    "slice of every axis": (lambda x: logits(x[:, slice(-1, None), :]), 1),
+    "after an ellipsis": (lambda x: logits(x[..., -1:, :]), 1),
+    "the last one": (lambda x: logits(x[:, -1]), 1),
+    "several": (lambda x: logits(x[:, -4:]), 4),
+    "one in the middle": (lambda x: logits(x[:, 7, :]), 1),
+    "an index": (lambda x: logits(x[:, SOME]), 3),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", READS)
+def test_the_last_layer_computes_the_rows_that_are_read(record, form, batch):
+    read, rows = READS[form]
+    graph, recorder = both(record, Stack(read), hidden_states(batch=batch), **RATIO)
+    (demand,) = recorder.demands
+    assert not demand.reason
+    found = widths(graph)
+    assert found["k"] == [N, N] and found["v"] == [P, P]
+    assert found["up"] == [N, rows] and found["o"] == [P, rows]
+    last = form in ("slice", "slice of every axis", "after an ellipsis", "the last one")
+    assert found["q"] == [PROBES, P, PROBES, *([] if last else [P])]  # the last row is one of the probe rows
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
+    graph, recorder = both(
+        record, Stack(READS["slice"][0]), hidden_states(batch=batch), recent=0, random=PROBES, **RATIO
+    )
+    assert not recorder.demands[0].reason
+    assert widths(graph)["q"] == [PROBES, P, PROBES, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"all_queries": True}, {"drop": False}], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_number_of_tokens_that_depends_on_data(record, batch, dynamic, options):
+    stack = Stack(READS["slice"][0], bias=True)
+    graph, recorder = both(record, stack, hidden_states(batch=batch), dynamic=dynamic, tau=0.6, **options)
+    assert not recorder.demands[0].reason and widths(graph)["o"][-1] == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("matrix", [False, True], ids=["row", "matrix"])
+def test_padding_of_either_side(record, side, matrix):
+    """With padding on the right the last row is no token and is not kept: its attention output is zero."""
+    mask = torch.ones(2, 1, N, N, dtype=torch.bool).tril()
+    mask[0, ..., slice(0, 5) if side == "left" else slice(N - 5, N)] = False
+    if matrix:
+        mask[:, :, 12:, 2] = False
+    _, recorder = both(record, Stack(READS["slice"][0]), hidden_states(batch=2), mask, **RATIO)
+    assert not recorder.demands[0].reason
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", READS)
+def test_a_dense_last_layer_computes_the_rows_that_are_read(record, form, batch):
+    read, rows = READS[form]
+    graph, recorder = both(record, Stack(read), hidden_states(batch=batch), min_tokens=N + 1)
+    (demand,) = recorder.demands
+    assert not demand.reason
+    found = widths(graph)
+    last = form in ("slice", "slice of every axis", "after an ellipsis", "the last one")
+    assert found["k"] == found["v"] == [N, N] and found["q"] == [N, 1 if last else N]
+    assert found["up"] == [N, rows] and found["o"] == [N, rows]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", ["row", "matrix", "one for all samples", "two axes"])
+def test_masks_of_a_dense_last_layer(record, form, dynamic):
+    mask = torch.ones(N, N, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    if form == "row":
+        mask = torch.ones(2, 1, 1, N, dtype=torch.bool)
+    if form == "one for all samples":
+        mask = mask[:1]
+    if form == "two axes":
+        mask = mask[0, 0]
+    mask[..., :5] = False
+    options = {"min_tokens": N + 1, "dynamic": dynamic}
+    graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(batch=2), mask, **options)
+    assert not recorder.demands[0].reason and widths(graph)["q"] == [N, 1]
+
+
+def test_a_causal_flag_over_more_keys_than_queries_stays(record):
+    """PyTorch counts its causal mask from the first key, so the last query does not see every key."""
+    keys = torch.randn(1, 2, N + 3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def attend(x):
+        q = F.linear(x, weight).view(1, N, 2, 8).transpose(1, 2)
+        a = F.scaled_dot_product_attention(q, keys, keys, is_causal=True)
+        return (logits(F.silu(F.linear(a.transpose(1, 2).reshape(1, N, WIDTH), weight))[:, -1:]),)
+
+    x = hidden_states()
+    torch._dynamo.reset()
+    got, recorder = record(attend, x, prune=True)
+    torch.testing.assert_close(got[0], attend(x)[0])
+    assert len(recorder.demands) == 1 and not recorder.demands[0].reason
+    (attention,) = [n for n in recorder.graphs[0].nodes if n.target is F.scaled_dot_product_attention]
+    assert attention.meta["example_value"].shape[2] == N
+
+
+NOT_NARROWED = {
+    "returned as well": (lambda x: (logits(x[:, -1:]), x), "read by 'output' as well"),
+    "read otherwise": (lambda x: logits(x[:, -1:]) + x.sum(1, keepdim=True)[..., :5], "read by 'sum' as well"),
+    "two parts": (lambda x: (logits(x[:, -1:]), x[:, :2]), "read by 'getitem' as well"),
+}
+
+
+@pytest.mark.parametrize("form", NOT_NARROWED)
+def test_other_readers_need_every_row(record, form):
+    read, reason = NOT_NARROWED[form]
+
+    class Flat(Stack):
+        def forward(self, x):
+            first, *rest = super().forward(x)
+            return *(first if isinstance(first, tuple) else (first,)), *rest
+
+    graph, recorder = both(record, Flat(read), hidden_states(), **RATIO)
+    assert all(demand.reason for demand in recorder.demands)
+    assert reason in recorder.demands[0].reason and widths(graph)["up"] == [N, N]
+
+
+UNTOUCHED = {
+    "all rows": lambda x: logits(x[:, 0:]),
+    "features": lambda x: x[:, :, :5],
+    "a mask": lambda x: logits(x[:, torch.arange(N) > 12]),
+    "another axis": lambda x: x[-1:],
+}
+
+
+@pytest.mark.parametrize("form", UNTOUCHED)
+def test_other_reads_are_no_demand(record, form):
+    graph, recorder = both(record, Stack(UNTOUCHED[form]), hidden_states(), **RATIO)
+    assert not recorder.demands and widths(graph)["up"] == [N, N]
+
+
+def test_rows_mixed_after_the_layers(record):
+    graph, recorder = both(record, Stack(lambda x: logits(x.cumsum(1)[:, -1:])), hidden_states(), **RATIO)
+    assert "'cumsum' may mix tokens" in recorder.demands[0].reason and widths(graph)["up"] == [N, N]
+
+
+def test_a_tower_without_a_cache_is_left_alone(record):
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    class Tower(Stack):
+        def forward(self, x):
+            return super().forward(x + F.silu(F.linear(x, weight))[:, -1:])
+
+    _, recorder = both(record, Tower(READS["slice"][0]), hidden_states(), **RATIO)
+    assert len(recorder.demands) == 1

@@ -1,0 +1,99 @@
+"""The cost model at work: measured constants, the default of min_tokens, predictions per layer."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.tiny_llava import compiled, inputs, model
+
+import zipvl_compile
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seconds
+from zipvl_compile.report import costs as module
+from zipvl_compile.report.compile_report import collect
+from zipvl_compile.report.costs import costs, least_tokens
+from zipvl_compile.report.machine import machine
+
+SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
+CPU = torch.device("cpu")
+SLOW_SITE = Machine(attend=4e-11, edge=2e-9, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(module, "machine", lambda device, dtype: SLOW_SITE)
+
+
+def test_this_machine_is_measured_once():
+    measured = machine(CPU, torch.float32)
+    assert all(value >= 0 for value in dataclasses.astuple(measured)) and measured.attend > 0
+    assert machine(CPU, torch.float32) is measured
+
+
+def test_measuring_leaves_the_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    machine(CPU, torch.float64)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_option_wins():
+    assert least_tokens(ZipVLOptions(min_tokens=7)) == 7
+    assert least_tokens(ZipVLOptions(min_tokens=0)) == 0
+
+
+def test_lengths_are_rounded_so_that_noise_decides_nothing(known):
+    length = least_tokens(ZipVLOptions(keep_ratio=0.367))(SHAPE, torch.float32, CPU)
+    assert length in (512, 768, 1024)
+    assert least_tokens(ZipVLOptions(keep_ratio=0.9))(SHAPE, torch.float32, CPU) > length
+
+
+def test_a_tau_that_keeps_everything_costs_little(known):
+    """From the least length on, keeping all tokens by `tau` takes a tenth more than dense attention at most."""
+    length = least_tokens(ZipVLOptions(tau=0.975))(SHAPE, torch.float32, CPU)
+    assert length > least_tokens(ZipVLOptions(keep_ratio=0.5))(SHAPE, torch.float32, CPU)
+    for n in (length, 2 * length, 10 * length):
+        dense, sparse = seconds(SHAPE, SLOW_SITE, n, 1.0)
+        assert sparse <= 1.1 * dense
+    dense, sparse = seconds(SHAPE, SLOW_SITE, length // 2, 1.0)
+    assert sparse > 1.1 * dense
+
+
+@pytest.mark.parametrize("options", [{"tau": 1.0}, {"keep_ratio": 1.0}])
+def test_keeping_every_token_stays_dense(known, options):
+    assert least_tokens(ZipVLOptions(**options))(SHAPE, torch.float32, CPU) == NEVER
+    f, x = compiled(min_tokens=None, **options), inputs(text=20)
+    with torch.no_grad(), collect() as reports:
+        got, expected = f(**x).logits, model()(**x).logits
+    torch.testing.assert_close(got, expected)
+    sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
+    assert sites and all(site.by_design and "gains nothing" in site.reason for site in sites)
+
+
+@pytest.mark.parametrize(("site", "rewritten"), [(0.0, True), (7e-4, False)], ids=["free", "costly"])
+def test_the_model_decides_for_each_prompt(monkeypatch, site, rewritten):
+    speed = dataclasses.replace(SLOW_SITE, site=site, score=0.0, token=0.0, byte=0.0, multiply=0.0)
+    monkeypatch.setattr(module, "machine", lambda device, dtype: speed)
+    with torch.no_grad(), collect() as reports:
+        compiled(min_tokens=None)(**inputs(text=20))
+    sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
+    assert sites and all(site.rewritten == rewritten for site in sites)
+
+
+def test_explain_predicts_every_layer(known):
+    explanation = zipvl_compile.explain(
+        model(), options={"min_tokens": 0, "inner": "eager", "tau": 0.8}, **inputs(text=20)
+    )
+    found = costs(explanation, torch.float32, CPU)
+    rows = [row for row in explanation.rows if row.kind == "prefill"]
+    assert [cost.layer for cost in found] == [row.layer for row in rows]
+    for cost, row in zip(found, rows, strict=True):
+        assert cost.kept == row.kept / row.prompt < 1
+        assert cost.speedup == cost.dense / cost.sparse < 1, "a prompt this short gains nothing"
+        assert cost.break_even > explanation.prompt and f"from {cost.break_even} tokens" in str(cost)

@@ -1,0 +1,1 @@
+"""The command line, the side-by-side comparison of dense and zipvl, and the bundled model."""

@@ -1,0 +1,170 @@
+"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl --version`."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.version import __version__
+
+MISSING = "zipvl: the command line needs {name}, which is not installed: pip install 'zipvl-compile[demo]'"
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:
+    print(MISSING.format(name=error.name), file=sys.stderr)
+    raise SystemExit(2) from None
+
+DEFAULT_PROMPT = "What is in this image?"
+DEFAULT_OUTPUT = Path("demo.png")
+INNER_HELP = "Inner compiler of both models: inductor, aot_eager or eager."
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sparse prefill and a compacted KV cache for Hugging Face vision-language models.",
+)
+
+
+def main() -> None:
+    """Run the command line; the console script `zipvl`."""
+    app()
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn what a user can put right into one line and exit code 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(MISSING.format(name=error.name))
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(text: str) -> NoReturn:
+    line = " ".join(text.split())
+    typer.echo(line if line.startswith("zipvl") else f"zipvl: {line}", err=True)
+    raise typer.Exit(2)
+
+
+def _quiet() -> None:
+    """Keep the terminal for the results: no bars and hints of transformers, no notes about graph breaks."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"zipvl-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(min=1, help="How many held-out questions the bundled model answers.")] = 360,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Local folder or hub name of another LVLM; needs --image.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file, with --model.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask, with --model.")] = DEFAULT_PROMPT,
+    tau: Annotated[float, typer.Option(help="Fraction of the attention score to keep, in (0, 1].")] = ZipVLOptions.tau,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, with --model.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="Device, with --model [default: cuda if available, else cpu].")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Picture of the kept image patches.")] = DEFAULT_OUTPUT,
+    inner: Annotated[str, typer.Option(hidden=True, help=INNER_HELP)] = "inductor",
+) -> None:
+    """Compare dense and zipvl answers, KV-cache memory and time."""
+    with _readable_errors():
+        from zipvl_compile.demo import side_by_side as demos
+        from zipvl_compile.demo.prompts import read_image
+
+        _quiet()
+        ZipVLOptions.parse({"tau": tau, "inner": inner})
+        _check_output(output)
+        setup, console = demos.Setup(tau, inner, output), Console()
+        if model is None:
+            if image is not None:
+                raise ValueError("--image: expected together with --model, got it alone. Add --model NAME_OR_PATH.")
+            code = demos.run_bundled(console, setup, questions, seed)
+        else:
+            if image is None:
+                raise ValueError("--model: expected together with --image, got it alone. Add --image FILE.")
+            code = demos.run_custom(console, setup, model, read_image(image), prompt, max_new_tokens, device)
+    raise typer.Exit(code)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub name of an LVLM.")],
+    image: Annotated[Path | None, typer.Option(help="Image file [default: a grey test image].")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
+    option: Annotated[list[str] | None, typer.Option(help="Backend option, such as min_tokens=0; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Predict from which length each layer gains.")] = False,
+) -> None:
+    """List every attention of a model: rewritten or dense, and why."""
+    with _readable_errors():
+        from PIL import Image
+
+        from zipvl_compile.demo.prompts import load, prompt_inputs, read_image
+        from zipvl_compile.report.explain import explain as explain_model
+
+        _quiet()
+        options = dict(_parse_option(text) for text in option or [])
+        ZipVLOptions.parse(options)
+        picture = Image.new("RGB", (336, 336), "grey") if image is None else read_image(image)
+        console = Console()
+        with console.status(f"loading {model}"):
+            loaded, processor = load(model, device)
+        with console.status("compiling a prefill and a decode step"):
+            inputs = prompt_inputs(processor, picture, prompt, loaded.device)
+            explanation = explain_model(loaded, options=options, **inputs)
+        console.print(explanation)
+        if cost:
+            from zipvl_compile.report.costs import costs
+
+            for line in costs(explanation, loaded.dtype, loaded.device):
+                console.print(str(line), highlight=False)
+
+
+def _check_output(output: Path) -> None:
+    """Complain before the minutes of compiling, not after them."""
+    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--output: expected a .png, .pdf or .svg file, got {str(output)!r}. Rename it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option: expected key=value, got {text!r}. Write for instance --option min_tokens=0.")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

@@ -1,0 +1,184 @@
+"""Dense and zipvl side by side: one model's weights, compiled twice, the same prompts, interleaved."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.kept_tokens import kept_tokens
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer to one prompt, and what it took.
+
+    Attributes:
+        text: the new tokens, decoded.
+        prompt: prompt length (tokens).
+        kept: kept prompt positions of each cache layer, int64 `[P]`; None for layers of another kind.
+        first_token: time to the first new token: vision tower, prefill and what `generate` adds (seconds).
+        per_token: mean time of the later ones (seconds), None if there were none.
+        kv_used: bytes of the cached keys and values at the end.
+        kv_allocated: bytes of the memory behind them, spare rows included.
+        compacted: whether the prefill ran through zipvl.
+    """
+
+    text: str
+    prompt: int
+    kept: list[torch.Tensor | None]
+    first_token: float
+    per_token: float | None
+    kv_used: int
+    kv_allocated: int
+    compacted: bool
+
+
+@dataclass
+class Comparison:
+    """Answers to the same prompts, in the same order, of the dense and of the zipvl model."""
+
+    dense: list[Answer] = field(default_factory=list)
+    sparse: list[Answer] = field(default_factory=list)
+
+    @property
+    def same(self) -> list[bool]:
+        """Return, per prompt, whether the two answers are the same text."""
+        return [a.text == b.text for a, b in zip(self.dense, self.sparse, strict=True)]
+
+    @property
+    def agreement(self) -> float:
+        """Return the fraction of prompts with the same answer, in [0, 1]."""
+        return mean(self.same)
+
+    def kept_per_layer(self) -> list[tuple[float, float] | None]:
+        """Return, per cache layer, the mean number of kept prompt tokens and their mean fraction of the prompt."""
+        rows: list[tuple[float, float] | None] = []
+        for layer in zip(*(answer.kept for answer in self.sparse), strict=True):
+            counts = [kept.numel() for kept in layer if kept is not None]
+            shares = [count / answer.prompt for count, answer in zip(counts, self.sparse, strict=False)]
+            rows.append((mean(counts), mean(shares)) if counts else None)
+        return rows
+
+
+class _Clock(StoppingCriteria):
+    """Writes down when each new token is there, and never stops the generation."""
+
+    def __init__(self) -> None:
+        self.times = [now()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        self.times.append(now())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def now() -> float:
+    """Return a clock in seconds, after all work queued on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compiled_pair(
+    model: torch.nn.Module, options: Mapping[str, Any], inner: str = "inductor", dynamic: bool | None = None
+) -> tuple[Any, Any]:
+    """Return a dense and a zipvl model, compiled in place, that share the weights of `model`.
+
+    Args:
+        model: becomes the dense one.
+        options: of the zipvl backend.
+        inner: compiler of both: "inductor", "aot_eager" or "eager".
+        dynamic: of `torch.compile`, for both.
+    """
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    sparse = copy.deepcopy(model, weights)
+    sparse.compile(backend="zipvl", options={**options, "inner": inner}, dynamic=dynamic)
+    model.compile(backend=inner, dynamic=dynamic)
+    return model, sparse
+
+
+def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
+    """Generate greedily from one prompt (batch 1) and time every token."""
+    n = inputs["input_ids"].shape[1]
+    clock = _Clock()
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    cache = out.past_key_values
+    start, first, *later = clock.times
+    return Answer(
+        text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),
+        prompt=n,
+        kept=[None if p is None else p[0, 0][p[0, 0] < n].cpu() for p in kept_tokens(cache)],
+        first_token=first - start,
+        per_token=(later[-1] - first) / len(later) if later else None,
+        kv_used=_kv_bytes(cache, allocated=False),
+        kv_allocated=_kv_bytes(cache, allocated=True),
+        compacted=any(isinstance(layer, CompactLayer) and layer.kept is not None for layer in cache.layers),
+    )
+
+
+def _kv_bytes(cache: Cache, allocated: bool) -> int:
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    used = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return sum(t.untyped_storage().nbytes() if allocated else t.numel() * t.element_size() for t in used)
+
+
+def warm_up(model: Any, processor: Any, prompts: Sequence[Inputs]) -> Answer:
+    """Compile: answer one prompt of every length, with enough new tokens to reach the decode graph for any length."""
+    by_length = {prompt["input_ids"].shape[1]: prompt for prompt in prompts}
+    return [answer(model, processor, prompt, 4, min_new_tokens=4) for prompt in by_length.values()][-1]
+
+
+def check_compacted(model: Any, warm: Answer) -> None:
+    """Make sure that zipvl took part.
+
+    Raises:
+        ValueError: no layer's cache went through zipvl.
+    """
+    if not warm.compacted:
+        raise ValueError(
+            f"model: expected one whose prefill model.compile(backend='zipvl') reaches, got {type(model).__name__}, "
+            "where it reached none. `zipvl explain` lists what it would do; models that hand over to an inner "
+            "model's generate need model.language_model.compile(backend='zipvl')."
+        )
+
+
+def compare(
+    dense: Any,
+    sparse: Any,
+    processor: Any,
+    prompts: Sequence[Inputs],
+    max_new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Answer every prompt with both models, which take turns in going first; call `advance` after each prompt."""
+    result = Comparison()
+    for i, prompt in enumerate(prompts):
+        turns = [(dense, result.dense), (sparse, result.sparse)]
+        for model, answers in turns if i % 2 == 0 else turns[::-1]:
+            answers.append(answer(model, processor, prompt, max_new_tokens))
+        advance()
+    return result
+
+
+def medians(answers: Sequence[Answer]) -> tuple[float, float | None]:
+    """Return the median time to the first token and the median time per later token (seconds)."""
+    later = [a.per_token for a in answers if a.per_token is not None]
+    return median(a.first_token for a in answers), median(later) if later else None

@@ -1,0 +1,222 @@
+"""`zipvl demo`: dense and zipvl answers, memory and time side by side, on the bundled model or on any other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from zipvl_compile.demo import tables
+from zipvl_compile.demo.compare import Answer, Comparison, check_compacted, compare, compiled_pair, warm_up
+from zipvl_compile.demo.plots import draw_kept_patches, draw_kept_strips
+from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs
+from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
+from zipvl_compile.demo.tiny_lvlm.evaluate import DemoQuestion, exact_match, questions_for_demo
+from zipvl_compile.options import ZipVLOptions
+
+#: Fewer identical answers than this on the bundled model is a failure.
+LEAST_AGREEMENT = 0.98
+#: Every answer of the bundled model is shorter.
+MAX_NEW_TOKENS = 8
+#: Repetitions for the times of a single prompt.
+REPEATS = 5
+EXAMPLES = 6
+SHORT_PROMPTS = (
+    "min_tokens=0, because these prompts have about {n} tokens: by default, prompts too short to gain time stay dense."
+)
+SMALL_MODEL = (
+    "About the times: with {millions:.1f} M parameters and {n} tokens, attention is a small part of the work, and "
+    "choosing tokens costs time too. `make bench` measures prompts that are long enough for speed to show."
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a demo runs: `tau` of zipvl, the inner compiler of both models, the PNG to write."""
+
+    tau: float = ZipVLOptions.tau
+    inner: str = "inductor"
+    output: Path = Path("demo.png")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"min_tokens": 0} if self.tau == Setup.tau else {"min_tokens": 0, "tau": self.tau}
+
+
+def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int = 0) -> int:
+    """Answer held-out questions with the bundled model; return the exit code.
+
+    Args:
+        console: where everything is printed.
+        setup: see `Setup`.
+        questions: how many.
+        seed: of the questions.
+
+    Returns:
+        0, or 1 if fewer than `LEAST_AGREEMENT` of the answers are the same with and without zipvl.
+
+    Raises:
+        ValueError: the trained model is not there.
+    """
+    if not (CHECKPOINT / "config.json").exists():
+        raise ValueError(f"model: expected the trained model in {CHECKPOINT}, got nothing there. Run `make train`.")
+    model, processor = load(str(CHECKPOINT), "cpu")
+    asked = list(questions_for_demo(questions, seed))
+    prompts = [prompt_inputs(processor, question.image, question.prompt) for question in asked]
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    n = prompts[0]["input_ids"].shape[1]
+    _say(
+        console, f"zipvl demo: {len(asked)} held-out questions to the bundled {millions:.1f} M parameter LLaVA", "bold"
+    )
+    _explain_setup(console, setup, n)
+    # The prompts differ by a word or two: without dynamic=True, both models would compile for one length first.
+    result = _measure(console, setup, model, processor, prompts, prompts, MAX_NEW_TOKENS, dynamic=True)
+    dense, sparse = (
+        [exact_match(a.text, question.answer) for a, question in zip(answers, asked, strict=True)]
+        for answers in (result.dense, result.sparse)
+    )
+    console.print(tables.accuracy([question.kind for question in asked], dense, sparse, result.same))
+    _print_costs(console, result)
+    console.print(tables.examples(_examples(asked, result)))
+    # The question that needs the most patches shows best what is kept.
+    shown = max(range(len(asked)), key=lambda i: (asked[i].kind == "read_all", len(asked[i].answer)))
+    picture, question = asked[shown].image, _words(asked[shown])
+    _draw(console, setup, model, processor, prompts[shown], picture, question, result.sparse[shown])
+    _say(console, SMALL_MODEL.format(millions=millions, n=n))
+    if result.agreement < LEAST_AGREEMENT:
+        differ = len(result.same) - sum(result.same)
+        _say(
+            console,
+            f"FAILED: {differ} of {len(asked)} answers differ between dense and zipvl: {result.agreement:.1%} agree, "
+            f"at least {LEAST_AGREEMENT:.0%} should.",
+            "bold red",
+        )
+        return 1
+    return 0
+
+
+def run_custom(
+    console: Console, setup: Setup, name: str, image: Image.Image, prompt: str, max_new_tokens: int, device: str | None
+) -> int:
+    """Answer one prompt about one image with any Hugging Face LVLM; return the exit code 0.
+
+    Args:
+        console: where everything is printed.
+        setup: see `Setup`.
+        name: local folder or hub name.
+        image: RGB.
+        prompt: what to ask.
+        max_new_tokens: of the answer.
+        device: None takes CUDA where there is one.
+
+    Raises:
+        ValueError: the model cannot be loaded, or zipvl does not reach its prefill.
+    """
+    with console.status(f"loading {name}"):
+        model, processor = load(name, device)
+    inputs = prompt_inputs(processor, image, prompt, model.device)
+    n = inputs["input_ids"].shape[1]
+    _say(console, f"zipvl demo: {name} on {model.device}, a prompt of {n} tokens", "bold")
+    _explain_setup(console, setup, n)
+    result = _measure(console, setup, model, processor, [inputs], [inputs] * REPEATS, max_new_tokens, dynamic=None)
+    for label, answers in (("dense", result.dense), ("zipvl", result.sparse)):
+        console.print(f"[bold]{label}[/bold] ", end="")
+        _say(console, answers[0].text)
+    _say(console, "The answers are the same." if result.same[0] else "The answers differ.", "dim")
+    _print_costs(console, result)
+    _draw(console, setup, model, processor, inputs, image, prompt, result.sparse[0])
+    return 0
+
+
+def _explain_setup(console: Console, setup: Setup, n: int) -> None:
+    _say(console, f'  dense   model.compile(backend="{setup.inner}")')
+    options = setup.options if setup.inner == "inductor" else {**setup.options, "inner": setup.inner}
+    _say(console, f'  zipvl   model.compile(backend="zipvl", options={options})'.replace("'", '"'))
+    _say(console, SHORT_PROMPTS.format(n=n), "dim")
+
+
+def _measure(
+    console: Console,
+    setup: Setup,
+    model: Any,
+    processor: Any,
+    warm_prompts: list,
+    prompts: list,
+    max_new_tokens: int,
+    dynamic: bool | None,
+) -> Comparison:
+    """Compile both models, then answer `prompts` with both, under progress bars."""
+    dense, sparse = compiled_pair(model, setup.options, setup.inner, dynamic)
+    with _progress(console) as progress:
+        # zipvl first: it raises Dynamo's recompile limit, which the two models share.
+        task = progress.add_task("compiling zipvl", total=None)
+        check_compacted(sparse, warm_up(sparse, processor, warm_prompts))
+        progress.update(task, total=1, completed=1)
+        task = progress.add_task("compiling dense", total=None)
+        warm_up(dense, processor, warm_prompts)
+        progress.update(task, total=1, completed=1)
+        task = progress.add_task("answering with both", total=len(prompts))
+        return compare(dense, sparse, processor, prompts, max_new_tokens, lambda: progress.advance(task))
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def _print_costs(console: Console, result: Comparison) -> None:
+    console.print(tables.kept(result))
+    console.print(tables.costs(result))
+
+
+def _examples(asked: list[DemoQuestion], result: Comparison) -> list[tuple[str, str, str, str]]:
+    """Return a few questions with the right, the dense and the zipvl answer: those that differ, then one per kind."""
+    rows: dict[str, tuple[str, str, str, str]] = {}
+    for question, dense, sparse in zip(asked, result.dense, result.sparse, strict=True):
+        row = (_words(question), question.answer, dense.text, sparse.text)
+        rows.setdefault(question.kind if dense.text == sparse.text else f"differs {len(rows)}", row)
+    return sorted(rows.values(), key=lambda row: row[2] == row[3])[:EXAMPLES]
+
+
+def _words(question: DemoQuestion) -> str:
+    return question.prompt.removeprefix("<image>").strip()
+
+
+def _draw(
+    console: Console,
+    setup: Setup,
+    model: Any,
+    processor: Any,
+    inputs: dict,
+    image: Image.Image,
+    question: str,
+    answer: Answer,
+) -> None:
+    kept = {layer: positions for layer, positions in enumerate(answer.kept) if positions is not None}
+    title = f"{question} {answer.text}\nPale patches were dropped (tau = {setup.tau:g})."
+    view, grid = model_view(processor, inputs, image), patch_grid(model.config, inputs)
+    if grid is None:
+        draw_kept_strips(setup.output, view, kept, answer.prompt, title)
+    else:
+        where = image_positions(model.config, inputs)
+        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt, title)
+    _say(console, f"Which image patches each layer kept: {setup.output}")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    # Model names and answers may hold brackets, which rich would read as markup.
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=False)

@@ -1,0 +1,142 @@
+"""The untrained parts: model configuration and initial weights, tokenizer, processor."""
+
+import math
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from zipvl_compile.demo.tiny_lvlm.questions import BOS, EOS, IMAGE, PAD, UNKNOWN, VOCABULARY
+from zipvl_compile.demo.tiny_lvlm.scenes import CELL, IMAGE_SIZE, IMAGE_TOKENS
+
+WORD_ID: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}
+PIXEL_MEAN, PIXEL_STD = 0.3, 0.25
+CONTEXT_LENGTH = 1024
+
+
+def build_config() -> LlavaConfig:
+    """A CLIP tower of 2 layers before a Llama of 4 layers with 4 query heads and 2 key-value heads."""
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=CELL,
+        projection_dim=96,
+    )
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_LENGTH,
+        pad_token_id=WORD_ID[PAD],
+        bos_token_id=WORD_ID[BOS],
+        eos_token_id=WORD_ID[EOS],
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=WORD_ID[IMAGE],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )
+
+
+def build_model(seed: int) -> LlavaForConditionalGeneration:
+    """A model with the initial weights that training starts from."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(build_config())
+    language = model.model.language_model
+    # The customary 0.02 is far too small for 128 features: attention stays uniform and nothing is learnt.
+    for parameter in language.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    torch.nn.init.normal_(language.embed_tokens.weight, std=1.0)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    residual_scale = 1 / math.sqrt(2 * len(language.layers))
+    with torch.no_grad():
+        for layer in language.layers:
+            # Every first query head of a group starts out equal to its key head, so that words look at
+            # patches that say the same word.
+            keys = layer.self_attn.k_proj.weight.unflatten(0, (-1, layer.self_attn.head_dim))
+            queries = layer.self_attn.q_proj.weight.unflatten(0, (len(keys), -1, layer.self_attn.head_dim))
+            queries[:, 0] = keys
+            layer.self_attn.o_proj.weight *= residual_scale
+            layer.mlp.down_proj.weight *= residual_scale
+    projector = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        torch.nn.init.xavier_uniform_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=8,
+        pad_token_id=WORD_ID[PAD],
+        bos_token_id=WORD_ID[BOS],
+        eos_token_id=WORD_ID[EOS],
+    )
+    return model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word; texts start with ``<bos>``; batches are padded on the left, for ``generate``."""
+    tokenizer = Tokenizer(WordLevel(WORD_ID, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, WORD_ID[BOS])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+        model_max_length=CONTEXT_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """Turns ``IMAGE_SIZE``-sized pictures and texts holding ``<image>`` into the inputs of the model."""
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    # The PIL variant: the default one needs torchvision.
+    image_processor = CLIPImageProcessorPil(
+        size=side,
+        crop_size=side,
+        do_resize=True,
+        do_center_crop=False,
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_STD] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(),
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" drops again
+        image_token=IMAGE,
+    )
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """What the processor does: uint8 (..., height, width, 3) to float32 (..., 3, height, width)."""
+    return ((images.float() / 255 - PIXEL_MEAN) / PIXEL_STD).movedim(-1, -3)

@@ -1,0 +1,220 @@
+"""What zipvl does to every attention of a model, and why, before the model is compiled for real.
+
+print(zipvl_compile.explain(model, **processor(images=image, text=prompt, return_tensors="pt")))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from transformers.cache_utils import Cache
+
+from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
+from zipvl_compile.report import compile_report as report
+from zipvl_compile.report.explanation import ExplainedSite, Explanation
+
+Named = TypeVar("Named", SiteOutcome, Pruning)
+
+
+def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None, **inputs: Any) -> Explanation:
+    """Compile a model for zipvl on the side, run one prompt and one decode step, and list what was done where.
+
+    The model is not changed, and nothing that it has compiled is used or replaced. The whole model runs in one call
+    here, vision tower included; `generate` runs the vision tower of most models outside the compiled graphs.
+
+    Args:
+        model: a Hugging Face LVLM, compiled or not.
+        options: of the backend, see `ZipVLOptions`; "inner" is "eager" unless given, which compiles in seconds.
+        inputs: one prompt, as for `model.forward`: `input_ids [B, n]`, `attention_mask [B, n]`, pixel values, ...
+
+    Returns:
+        An `Explanation` with one row per attention site.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an unknown option, an input that the model does not take, or a model without a KV cache.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
+    options = {"inner": "eager", **(options or {})}
+    ZipVLOptions.parse(options)
+    _check_inputs(model, inputs)
+    with _undisturbed(model), report.collect() as reports, torch.no_grad():
+        compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))
+        outputs = compiled(**{**inputs, "use_cache": True})
+        cache = _cache_of(outputs, model)
+        prompt = cache.get_seq_length()
+        kept = _kept_counts(cache)
+        notes = _decode_one_token(compiled, outputs, cache, inputs)
+    sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
+    rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt)
+    pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
+    return Explanation(_with_pruned(rows, pruned), prompt, notes + _around_attention(pruned) + _advice(rows))
+
+
+class _OwnOptions(dict):
+    """Options that equal nothing else: Dynamo reuses compiled code for an equal backend with equal options, and then
+    no report is made."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `torch.compile` that keep this compile apart from those of the user's model."""
+    arguments: dict[str, Any] = {"options": _OwnOptions(options)}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
+        arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
+    return arguments
+
+
+@contextlib.contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Leave no trace: M-RoPE offsets of a generation under way, warnings shown, warnings that zipvl remembers."""
+    offsets = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    warned = set(report._warned)
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_dynamo.variables.tensor", "_subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        report._warned.clear()
+        report._warned.update(warned)
+        for module, rope_deltas in offsets:
+            module.rope_deltas = rope_deltas
+
+
+def _check_inputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
+    if not any(name in inputs for name in ("input_ids", "inputs_embeds")):
+        raise ValueError(
+            f"inputs: expected a prompt as input_ids, got {sorted(inputs) or 'nothing'}. "
+            'Pass **processor(images=image, text=prompt, return_tensors="pt").'
+        )
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: expected a prompt without a cache, got one. Leave it out.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: expected a decoder-only LVLM, got the encoder-decoder {type(model).__name__}. "
+            "Its prompt goes through the encoder, which zipvl leaves dense."
+        )
+    # A `**kwargs` in `forward` swallows any name, so the names are those that some part of the model declares.
+    known: set[str] = set()
+    for part in (model, getattr(model, "model", None), getattr(model, "language_model", None)):
+        if isinstance(part, torch.nn.Module):
+            known |= set(inspect.signature(part.forward).parameters)
+    known -= {"self", "args", "kwargs"}
+    for name in inputs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
+            raise ValueError(f"inputs: expected arguments of {type(model).__name__}.forward, got {name!r}. {hint}")
+
+
+def _cache_of(outputs: Any, model: torch.nn.Module) -> Cache:
+    cache = getattr(outputs, "past_key_values", None)
+    if not isinstance(cache, Cache) or not isinstance(getattr(outputs, "logits", None), torch.Tensor):
+        raise ValueError(
+            f"model: expected one whose forward returns logits and past_key_values, got {type(model).__name__}, "
+            f"which returned {type(outputs).__name__}. Explain the part that generates, such as model.language_model."
+        )
+    return cache
+
+
+def _decode_one_token(compiled: Any, outputs: Any, cache: Cache, inputs: Mapping[str, Any]) -> list[str]:
+    """Feed the likeliest next token back; return a note if the compacted cache could not be read."""
+    step: dict[str, Any] = {"input_ids": outputs.logits[:, -1:].argmax(-1), "past_key_values": cache, "use_cache": True}
+    mask = inputs.get("attention_mask")
+    # Without padding, `generate` passes no mask either; M-RoPE models read one as the positions of all tokens.
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all():
+        step["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+    try:
+        compiled(**step)
+    except RuntimeError as error:
+        return [f"The decode step failed: {str(error).partition(chr(10))[0]}"]
+    return []
+
+
+def _with_full_name(site: Named, model: torch.nn.Module) -> Named:
+    """Complete the path of a site: after a graph break Dynamo counts it from the submodule it resumed in."""
+    matches = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{site.layer}")]
+    return replace(site, layer=matches[0]) if len(matches) == 1 else site
+
+
+def _in_model_order(sites: list[SiteOutcome], model: torch.nn.Module) -> list[SiteOutcome]:
+    """Sort the sites of one graph, which come pass by pass, by layer; names that are not modules stay in front."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(sites, key=lambda site: order.get(site.layer, -1))
+
+
+def _without_repeats(sites: list[SiteOutcome]) -> list[SiteOutcome]:
+    """Drop sites that a recompile reported again. Names in parentheses are graph nodes, which say nothing."""
+    seen: set[SiteOutcome] = set()
+    unique = []
+    for site in sites:
+        if site not in seen or site.layer.startswith("("):
+            unique.append(site)
+        seen.add(site)
+    return unique
+
+
+def _kept_counts(cache: Cache) -> dict[int, int]:
+    """Return how many prompt tokens each cache layer that went through zipvl keeps, by layer number."""
+    layers = enumerate(cache.layers)
+    return {i: x.kept.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.kept is not None}
+
+
+def _with_kept_tokens(
+    sites: list[SiteOutcome], model: torch.nn.Module, kept: dict[int, int], prompt: int
+) -> list[ExplainedSite]:
+    """Pair prefill sites with cache layers: by the layer number of the module, else in execution order."""
+    modules = dict(model.named_modules())
+    prefill = [i for i, site in enumerate(sites) if site.kind == "prefill"]
+    numbers = {i: getattr(modules.get(sites[i].layer), "layer_idx", None) for i in prefill}
+    counts = {i: kept.get(number) for i, number in numbers.items() if number is not None}
+    if not counts and len(prefill) == len(kept):
+        counts = dict(zip(prefill, kept.values(), strict=True))
+    return [
+        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt, site.by_design, shape=site.shape)
+        for i, site in enumerate(sites)
+    ]
+
+
+def _with_pruned(rows: list[ExplainedSite], pruned: list[Pruning]) -> list[ExplainedSite]:
+    parts = {pruning.layer: ", ".join(pruning.parts) for pruning in pruned}
+    return [replace(row, pruned=parts.get(row.layer, "")) if row.kind == "prefill" else row for row in rows]
+
+
+def _around_attention(pruned: list[Pruning]) -> list[str]:
+    """Say which projections are computed for every token, and why."""
+    found = Counter((part, reason) for pruning in pruned for part, reason in pruning.reasons.items())
+    return [f"Computed for every token in {n} layers: {part} ({reason})." for (part, reason), n in found.items()]
+
+
+def _advice(rows: list[ExplainedSite]) -> list[str]:
+    least = next((m[1] for row in rows if (m := re.search(r"min_tokens=(\d+)", row.reason))), None)
+    if least is None:
+        return []
+    return [
+        f"Prompts shorter than {least} tokens stay dense by default: options={{'min_tokens': 0}} rewrites them too."
+    ]
