@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 OPERATORS = (
     "append_tokens",
     "decode_attention",
@@ -17,3 +19,5 @@ OPERATORS = (
 
 for _operator in OPERATORS:
     importlib.import_module(f"zipvl_compile.kernels.{_operator}")
+
+ops = torch.ops.zipvl

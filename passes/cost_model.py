@@ -29,6 +29,8 @@ from dataclasses import astuple, dataclass
 
 import sympy
 
+from zipvl_compile.passes.match.attention_site import AttentionShape
+
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
 every, dense_mask, sparse_mask = sympy.symbols("every dense_mask sparse_mask", nonnegative=True)  # 1 or 0
@@ -46,32 +48,6 @@ SPARSE = site + B * (
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
 NEVER = 1 << 62  # tokens
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What the cost of one attention depends on besides the prompt length.
-
-    Attributes:
-        batch: samples.
-        query_heads, kv_heads: attention heads.
-        head_dim, value_dim: elements of a head of Q and K, and of V.
-        probes: probe rows (tokens).
-        element: bytes of one element.
-        every_query: every query attends to the kept keys, not only the kept ones.
-        dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
-    """
-
-    batch: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    probes: int
-    element: int
-    every_query: bool = False
-    dense_mask: bool = False
-    sparse_mask: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,36 +14,43 @@ After:
     logits = linear(norm(h_1 + mlp(norm(h_1))), lm_head)
 
 Exact: everything between is proven to treat each token by itself and to be read by nothing else
-(`exclusive_rows.py`). Keys and values of the last layer are still those of the prompt. Q is narrowed to the last row
-here, or to the probe rows and the last one by `prune_projections`. Other slices than the last row, and indices that are
-tensors, leave the attention as it is.
+(`tokenwise/sole_readers.py`). Keys and values of the last layer are still those of the prompt. Q is narrowed to the
+last row here, or to the probe rows and the last one by `prune_projections`. Other slices than the last row, and indices
+that are tensors, leave the attention as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
-from zipvl_compile.passes.graph.graph import args_of, arguments, calls, erase_unread, example, insert_call, is_call
-from zipvl_compile.passes.match.outcome import Demand, PassReport
-from zipvl_compile.passes.match.sdpa import SDPA, SDPA_ARGUMENTS
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, undone_on_error
+from zipvl_compile.passes.graph.graph import replace as replace_node
+from zipvl_compile.passes.graph.op_calls import (
+    DecodeAttentionCall,
+    HidingRowsCall,
+    SelectTokensCall,
+    SparseAttentionCall,
+    TokenScoresCall,
+)
+from zipvl_compile.passes.graph.reading import arguments, example, is_op
+from zipvl_compile.passes.match.outcome import Demand
+from zipvl_compile.passes.match.reasons import fault
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes, every_axis
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
 from zipvl_compile.passes.tokenwise.row_select import Slice, size
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, under_autocast
 
-ops = torch.ops.zipvl
 LAST = slice(-1, None, None)
-_RECENT = 6  # which argument of token_scores
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,23 @@ class Part:
 
 def find(graph: Graph) -> list[Part]:
     """Return the parts of hidden states that are taken after an attention, in execution order."""
-    found, below = [], {*calls(graph, ops.sparse_attention), *calls(graph, SDPA)}
+    found, below = [], {node for node in graph.nodes if _is_attention(node)}
     for node in graph.nodes:
         if below.isdisjoint(node.all_input_nodes):
             continue
         below.add(node)
-        if is_call(node, operator.getitem) and (part := _read(node)) is not None:
+        if is_op(node, "getitem") and (part := _read(node)) is not None:
             found.append(part)
     return found
 
 
+def _is_attention(node: Node) -> bool:
+    return SparseAttentionCall.matches(node) or is_op(node, "scaled_dot_product_attention")
+
+
 def _read(node: Node) -> Part | None:
-    hidden, index = args_of(node)
+    given = arguments(node)
+    hidden, index = given["input"], given["index"]
     value = example(hidden)
     if not isinstance(value, torch.Tensor) or value.dim() != 3 or not isinstance(index, tuple):
         return None
@@ -87,7 +99,7 @@ def _read(node: Node) -> Part | None:
     return Part(node, hidden, tokens)
 
 
-def rewrite(part: Part) -> None:
+def rewrite(part: Part, sites: Sites) -> None:
     """Compute the demanded rows only.
 
     Raises:
@@ -97,22 +109,26 @@ def rewrite(part: Part) -> None:
     one = isinstance(part.index, int)
     index = slice(part.index, part.index + 1 or None) if one else part.index
     rows, reader = Slice(index), part.reader
-    taken = {}
+    taken, last = {}, {}
     for source, axes in cone.sources.items():
-        attend = None if index != LAST or axes.token != 2 else _LAST_OF.get(source.target)
-        taken[source] = (attend and attend(source, reader)) or rows.take(source, axes, reader)
+        if index == LAST and axes.token == 2 and (row := attend_last(source, reader)) is not None:
+            taken[source], last[source] = row
+        else:
+            taken[source] = rows.take(source, axes, reader)
     first = next(iter(cone.sources))
     new = cone.again(taken, size(taken[first], cone.sources[first].token, reader), reader)[part.hidden]
     if one:
         new = insert_call(reader, operator.getitem, (new, (slice(None), 0)))
-    reader.replace_all_uses_with(new)
+    replace_node(reader, new)
     erase_unread([reader])
     cone.erase()
-    erase_unread(source for source in cone.sources if source.target in _LAST_OF)
-    for source, last in taken.items():
-        if is_call(source, SDPA) and is_call(last, SDPA):
+    for source, attention in last.items():
+        if (site := sites.at(source)) is not None:
+            site.node = attention
+        erase_unread([source])
+        if is_op(attention, "scaled_dot_product_attention"):
             with contextlib.suppress(Mixes):  # exact all the same
-                narrow_query(args_of(last)[0], Axes(2), set()).erase()
+                narrow_query(arguments(attention)["query"], Axes(2), set()).erase()
 
 
 def narrow_query(part: Node, axes: Axes, readers: set[Node]) -> Cone:
@@ -128,71 +144,83 @@ def narrow_query(part: Node, axes: Axes, readers: set[Node]) -> Cone:
     Raises:
         Mixes: Q is needed in full, or not known to be computed token by token.
     """
-    query, index = args_of(part)
+    given = arguments(part)
+    query, index = given["input"], given["index"]
     cone = computed_only_for(query, axes, {part, *readers})
     rows = Slice(index[-1])
     taken = {source: rows.take(source, axes, part) for source, axes in cone.sources.items()}
-    part.replace_all_uses_with(cone.again(taken, size(part, 2, part), part)[query])
+    replace_node(part, cone.again(taken, size(part, 2, part), part)[query])
     erase_unread([part])
     return cone
+
+
+def attend_last(attention: Node, before: Node) -> tuple[Node, Node] | None:
+    """Insert the last row of an attention before a node.
+
+    Returns:
+        The row `[B, Hq, 1, Dv]` and the attention that gives it; None where it is none, or cannot be told.
+    """
+    if SparseAttentionCall.matches(attention):
+        return attend_last_kept(SparseAttentionCall.read(attention), before)
+    row = attend_last_of_all(attention, before) if is_op(attention, "scaled_dot_product_attention") else None
+    return None if row is None else (row, row)
 
 
 def attend_last_of_all(attention: Node, before: Node) -> Node | None:
     """Insert the last row `[B, Hq, 1, Dv]` of a dense attention before a node; None where it cannot be told."""
     if attention in under_autocast(attention.graph):
         return None
-    given = arguments(attention, *SDPA_ARGUMENTS)
-    query, key, value, mask = (given.get(name) for name in SDPA_ARGUMENTS[:4])
+    given = arguments(attention)
+    query, key, value, mask = given.pop("query"), given.pop("key"), given.pop("value"), given.pop("attn_mask", None)
     shapes = [example(x).shape for x in (query, key)]
-    if given.get("is_causal") and not statically_known_true(shapes[0][-2] == shapes[1][-2]):
+    # It sees every key: no causal mask.
+    if given.pop("is_causal", False) and not statically_known_true(shapes[0][-2] == shapes[1][-2]):
         return None
     if mask is not None and not statically_known_true(example(mask).shape[-2] == 1):
         mask = insert_call(before, operator.getitem, (mask, (Ellipsis, LAST, slice(None))))
     last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), LAST)))
-    others = {name: given[name] for name in SDPA_ARGUMENTS[4:] if name in given and name != "is_causal"}
-    return insert_call(before, SDPA, (last, key, value, mask), others)  # it sees every key: no causal mask
+    return insert_call(before, F.scaled_dot_product_attention, (last, key, value, mask), given)
 
 
-def attend_last(attention: Node, before: Node) -> Node:
-    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node."""
-    query, keys, values, positions, mask, _, scale, softcap, all_queries = args_of(attention)
-    scores = args_of(args_of(positions)[0])[0]
-    scored_keys = args_of(scores)[1]  # [B, Hkv, n, D]
-    n = size(scored_keys, 2, before)
-    mask = args_of(mask)[0] if is_call(mask, ops.hiding_rows) else mask  # decoding reads the padding row itself
+def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node, Node]:
+    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node; return it and its attention."""
+    scores = SelectTokensCall.read(attention.positions).scores
+    n = size(scores.k, 2, before)
+    mask = attention.mask
+    if HidingRowsCall.matches(mask):
+        mask = HidingRowsCall.read(mask).mask  # decoding reads the padding row itself
     if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
         mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), LAST)))
-    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), LAST)))
+    last = insert_call(before, operator.getitem, (attention.q, (slice(None), slice(None), LAST)))
     # The last row sees every kept key, as a new token sees the cache.
-    arguments = (last, keys, values, positions, n, n, mask, scale, softcap)
-    out = insert_call(before, ops.decode_attention.default, arguments)
-    out.meta["layer"] = attention.meta.get("layer")
-    if all_queries or (mask is None and has_last_row(scores)):
-        return out  # the newest visible token is always kept
+    out = DecodeAttentionCall(
+        q=last, keys=attention.k, values=attention.v, positions=attention.positions, prompt_length=n, n=n, mask=mask,
+        scale=attention.scale, softcap=attention.softcap,
+    ).insert(before)  # fmt: skip
+    if attention.queries == "all" or (mask is None and has_last_row(scores)):
+        return out, out  # the newest visible token is always kept
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
-    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
+    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (attention.positions, at)), 2))  # [B, 1]
     kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
-    return insert_call(before, torch.where, (kept, out, 0.0))
+    return insert_call(before, torch.where, (kept, out, 0.0)), out
 
 
-def has_last_row(scores: Node) -> bool:
+def has_last_row(scores: TokenScoresCall) -> bool:
     """Return whether the last row is among the probe rows, the last of them, so that one row sees the last token."""
-    return args_of(scores)[_RECENT] > 0
+    return scores.recent_probes > 0
 
 
-_LAST_OF: dict[Any, Callable[[Node, Node], Node | None]] = {
-    ops.sparse_attention.default: attend_last, SDPA: attend_last_of_all,
-}  # fmt: skip
-
-
-def apply(graph: Graph) -> PassReport:
+def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Narrow what is computed for rows of the last hidden state that nobody uses."""
-    report = PassReport("demand_rows")
     for part in find(graph):
         reason = ""
         try:
-            rewrite(part)
+            with undone_on_error(graph):
+                rewrite(part, sites)
         except Mixes as why:
             reason = str(why)
-        report.demands.append(Demand(str(part.index), reason))
-    return report
+        except Exception as error:  # a fault of ours must not break the user's compile
+            if part.reader._erased:  # too late to undo it here
+                raise
+            reason = str(fault(error))
+        sites.demands.append(Demand(str(part.index), reason))

@@ -16,38 +16,42 @@ first. Runs last, since other passes look for single gathers.
 
 from __future__ import annotations
 
-import operator
+from torch.fx import Graph
 
-import torch
-from torch.fx import Graph, Node
+from zipvl_compile.passes.graph.graph import replace
+from zipvl_compile.passes.graph.op_calls import GatherKVCall, GatherTokensCall, outputs
+from zipvl_compile.passes.graph.reading import example, same_shape
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
 
-from zipvl_compile.passes.graph.graph import calls, example, insert_call, is_call
-from zipvl_compile.passes.match.attention_site import same_shape
-
-ops = torch.ops.zipvl
+Pair = tuple[GatherTokensCall, GatherTokensCall]
 
 
-def find(graph: Graph) -> list[tuple[Node, Node]]:
+def find(graph: Graph) -> list[Pair]:
     """Return the pairs of neighbouring gathers that take the same positions of equally many heads and tokens."""
-    pairs: list[tuple[Node, Node]] = []
-    for first in calls(graph, ops.gather_tokens):
-        second = first.next
-        taken = {node for pair in pairs for node in pair}
-        if first not in taken and is_call(second, ops.gather_tokens) and _fit(first, second):
+    pairs: list[Pair] = []
+    taken = set()
+    for first in GatherTokensCall.all(graph):
+        assert first.node is not None
+        if first.node in taken or not GatherTokensCall.matches(first.node.next):
+            continue
+        second = GatherTokensCall.read(first.node.next)
+        if _fit(first, second):
             pairs.append((first, second))
+            taken.add(second.node)
     return pairs
 
 
-def _fit(first: Node, second: Node) -> bool:
-    (k, *where), (v, *same) = first.args, second.args
-    return where == same and k is not v and same_shape(example(k).shape[:3], example(v).shape[:3])
+def _fit(first: GatherTokensCall, second: GatherTokensCall) -> bool:
+    where = (first.positions, first.spare) == (second.positions, second.spare)
+    return where and first.x is not second.x and same_shape(example(first.x).shape[:3], example(second.x).shape[:3])
 
 
-def apply(graph: Graph) -> None:
+def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Fuse every pair of gathers of `graph`."""
     for first, second in find(graph):
-        both = insert_call(second, ops.gather_kv.default, (first.args[0], second.args[0], *first.args[1:]))
-        for i, node in enumerate((first, second)):
-            node.replace_all_uses_with(insert_call(second, operator.getitem, (both, i)))
-        graph.erase_node(first)
-        graph.erase_node(second)
+        assert first.node is not None and second.node is not None
+        both = GatherKVCall(k=first.x, v=second.x, positions=first.positions, spare=first.spare).insert(second.node)
+        for node, output in zip((first.node, second.node), outputs(both, second.node), strict=True):
+            replace(node, output)
+            graph.erase_node(node)

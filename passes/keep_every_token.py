@@ -16,31 +16,31 @@ selections in the place of `token_positions`.
 
 from __future__ import annotations
 
-import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.passes.graph.graph import args_of, calls, example, insert_call, is_call
+from zipvl_compile.passes.graph.graph import replace
+from zipvl_compile.passes.graph.op_calls import GatherTokensCall, TokenPositionsCall, WithRoomCall
+from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
 
-ops = torch.ops.zipvl
 
-
-def find(graph: Graph) -> list[Node]:
+def find(graph: Graph) -> list[GatherTokensCall]:
     """Return the gathers that take every token."""
-    return [gather for gather in calls(graph, ops.gather_tokens) if _takes_all(gather)]
+    return [gather for gather in GatherTokensCall.all(graph) if _takes_all(gather)]
 
 
-def _takes_all(gather: Node) -> bool:
-    x, positions = args_of(gather)[:2]
-    return is_call(positions, ops.token_positions) and statically_known_true(
-        example(x).shape[2] == example(args_of(positions)[0]).shape[2]
-    )
+def _takes_all(gather: GatherTokensCall) -> bool:
+    if not TokenPositionsCall.matches(gather.positions):
+        return False
+    k = TokenPositionsCall.read(gather.positions).k
+    return statically_known_true(example(gather.x).shape[2] == example(k).shape[2])
 
 
-def apply(graph: Graph) -> None:
+def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Replace every gather of all tokens."""
     for gather in find(graph):
-        x, _, spare = args_of(gather)
-        gather.replace_all_uses_with(insert_call(gather, ops.with_room.default, (x, spare)))
-        graph.erase_node(gather)
+        assert gather.node is not None
+        replace(gather.node, WithRoomCall(x=gather.x, spare=gather.spare).insert(gather.node))
+        graph.erase_node(gather.node)

@@ -17,53 +17,73 @@ After:
     o_p = linear(sparse_attention(q_p, keys, values, positions, ...), wo)                          P kept tokens
     out = residual + zeros.index_copy(positions, o_p)
 
-Exact: every step is proven to treat each token by itself (`token_axis.py`); where a bias makes the row of an unselected
-token another one than zero, that row is computed once (`rows_below.py`). K stays dense, since the scores read it. What
-is not proven stays as it was, with the reason.
+Exact: every step is proven to treat each token by itself (`tokenwise/axis_rules.py`); where a bias makes the row of an
+unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). K stays dense, since
+the scores read it. What is not proven stays as it was, with the reason.
 
 Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it.
 """
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.demand_rows import LAST, has_last_row, narrow_query
-from zipvl_compile.passes.graph.graph import args_of, calls, erase_unread, example, insert_call, is_call
-from zipvl_compile.passes.match.attention_site import module_path
-from zipvl_compile.passes.match.outcome import PARTS, PassReport, Pruning
-from zipvl_compile.passes.tokenwise import forward_slice as rows_below
+from zipvl_compile.passes.graph.graph import erase_unread, undone_on_error
+from zipvl_compile.passes.graph.graph import replace as replace_node
+from zipvl_compile.passes.graph.op_calls import (
+    DecodeAttentionCall,
+    GatherTokensCall,
+    ProbePositionsCall,
+    SelectTokensCall,
+    SparseAttentionCall,
+    TokenScoresCall,
+    WithRoomCall,
+)
+from zipvl_compile.passes.graph.reading import arguments, example, is_op
+from zipvl_compile.passes.match.outcome import PARTS, Pruning
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
+from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, size
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
-ops = torch.ops.zipvl
 Rows = Shared | OfEachSample
-_ALL_QUERIES = 8  # which argument of sparse_attention
-_PROBES = slice(4, 7)  # which arguments of token_scores, after q and k
 
 
-@dataclass(frozen=True)
-class Site:
-    """An attention among the kept tokens at `positions`, and the scores that chose them."""
+class Around:
+    """An attention among the kept tokens, as it stands in the graph, with the selection that chose them."""
 
-    attention: Node
-    positions: Node
-    scores: Node
-
-    @property
-    def name(self) -> str:
-        return self.attention.meta.get("layer") or module_path(self.attention)
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.whole = SparseAttentionCall.matches(node)  # else it has the newest queries only
+        self.call = SparseAttentionCall.read(node) if self.whole else DecodeAttentionCall.read(node)
+        self.positions: Node = self.call.positions
+        self.query: Node = self.call.q
+        self.selection = SelectTokensCall.read(self.positions)
 
     @property
-    def query(self) -> Node:
-        return args_of(self.attention)[0]
+    def scores(self) -> TokenScoresCall:
+        """Return the scores that chose the tokens, as they stand."""
+        return self.selection.scores
+
+    @property
+    def scores_node(self) -> Node:
+        assert self.scores.node is not None
+        return self.scores.node
+
+    @property
+    def values(self) -> Node:
+        return self.call.v if isinstance(self.call, SparseAttentionCall) else self.call.values
+
+    @property
+    def all_attend(self) -> bool:
+        return isinstance(self.call, SparseAttentionCall) and self.call.queries == "all"
 
     @property
     def axes(self) -> Axes:
@@ -71,38 +91,29 @@ class Site:
         return Axes(2, None if one_sample(self.query) else 0)
 
 
-def find(graph: Graph) -> list[Site]:
-    """Return the attentions that read a selection, in execution order."""
-    found = []
-    for attention in sorted([*calls(graph, ops.sparse_attention), *calls(graph, ops.decode_attention)]):
-        positions = args_of(attention)[3]
-        if is_call(positions, ops.select_tokens):
-            found.append(Site(attention, positions, args_of(args_of(positions)[0])[0]))
-    return found
-
-
-def is_legal(site: Site) -> str:
+def refusal(site: Around) -> str:
     """Return why nothing around the attention can be pruned, or an empty string."""
-    n, kept = example(args_of(site.scores)[1]).shape[2], example(site.positions).shape[2]
+    n, kept = example(site.scores.k).shape[2], example(site.positions).shape[2]
     return "every token is kept" if statically_known_true(kept == n) else ""
 
 
-def prune_values(site: Site, kept: Rows) -> None:
+def prune_values(site: Around, kept: Rows) -> None:
     """Compute V for the kept tokens only.
 
     Raises:
         Mixes: V is needed in full, or not known to be computed token by token.
     """
-    gather = args_of(site.attention)[2]
-    if is_call(gather, ops.with_room):
+    if WithRoomCall.matches(site.values):
         return  # another attention over the same cache came first
-    if not is_call(gather, ops.gather_tokens) or args_of(gather)[1] is not site.positions:
+    if not GatherTokensCall.matches(site.values):
         raise Mixes("the values are not gathered at the kept tokens")
-    values, _, spare = args_of(gather)
-    cone = computed_only_for(values, site.axes, {gather})
-    new = _compute(cone, kept, gather)[values]
-    gather.replace_all_uses_with(insert_call(gather, ops.with_room.default, (new, spare)))
-    erase_unread([gather])
+    node, gather = site.values, GatherTokensCall.read(site.values)
+    if gather.positions is not site.positions:
+        raise Mixes("the values are not gathered at the kept tokens")
+    cone = computed_only_for(gather.x, site.axes, {node})
+    new = _compute(cone, kept, node)[gather.x]
+    replace_node(node, WithRoomCall(x=new, spare=gather.spare).insert(node))
+    erase_unread([node])
     cone.erase()
 
 
@@ -111,7 +122,7 @@ def _compute(cone: Cone, rows: Rows, before: Node) -> dict[Node, Node]:
     return cone.again(taken, rows.count, before)
 
 
-def prune_queries(site: Site, kept: Rows) -> tuple[Node, Cone]:
+def prune_queries(site: Around, kept: Rows) -> tuple[Node, Cone]:
     """Compute Q for the probe rows and the kept tokens only.
 
     Returns:
@@ -120,49 +131,49 @@ def prune_queries(site: Site, kept: Rows) -> tuple[Node, Cone]:
     Raises:
         Mixes: Q is needed in full, or not known to be computed token by token.
     """
-    if _all_attend(site.attention):
+    if site.all_attend:
         raise Mixes("every query attends")
-    cone = computed_only_for(site.query, site.axes, {site.attention, site.scores})
-    query = _compute(cone, kept, site.attention)[site.query]
-    if args_of(site.scores)[0] is site.query:
+    cone = computed_only_for(site.query, site.axes, {site.node, site.scores_node})
+    query = _compute(cone, kept, site.node)[site.query]
+    if site.scores.q is site.query:
         _score_probe_rows(site.scores, cone)
     return query, cone
 
 
-def _all_attend(attention: Node) -> bool:
-    return bool(args_of(attention)[_ALL_QUERIES])
-
-
-def prune_demanded_queries(site: Site) -> None:
+def prune_demanded_queries(site: Around) -> None:
     """Compute Q for the probe rows and the rows that `demand_rows` left to the attention.
 
     Raises:
         Mixes: the attention has few queries of its own, or Q is not known to be computed token by token.
     """
     part = site.query
-    if not is_call(part, operator.getitem):
+    if not is_op(part, "getitem"):
         raise Mixes("the attention has the newest queries only")
-    query, index = args_of(part)
-    if args_of(site.scores)[0] is not query:
+    given = arguments(part)
+    query, index = given["input"], given["index"]
+    if site.scores.q is not query:
         raise Mixes("the attention has the newest queries only")
     if index[-1] == LAST and has_last_row(site.scores):
-        cone = computed_only_for(query, site.axes, {part, site.scores})
+        cone = computed_only_for(query, site.axes, {part, site.scores_node})
         _score_probe_rows(site.scores, cone)
-        part.replace_input_with(query, args_of(site.scores)[0])
+        part.replace_input_with(query, site.scores.q)
     else:
-        cone = narrow_query(part, site.axes, {site.scores})
+        cone = narrow_query(part, site.axes, {site.scores_node})
         _score_probe_rows(site.scores, cone)
     cone.erase()
 
 
-def _score_probe_rows(scores: Node, cone: Cone) -> None:
-    query, key, *rest = args_of(scores)
-    probes = insert_call(scores, ops.probe_positions.default, (key, *rest[_PROBES]))
-    rows = Shared(probes, size(probes, 0, scores))
-    scores.args = (_compute(cone, rows, scores)[query], key, *rest)
+def _score_probe_rows(scores: TokenScoresCall, cone: Cone) -> None:
+    before = scores.node
+    assert before is not None
+    probes = ProbePositionsCall(
+        k=scores.k, recent_probes=scores.recent_probes, random_probes=scores.random_probes, seed=scores.seed
+    ).insert(before)
+    rows = Shared(probes, size(probes, 0, before))
+    replace(scores, q=_compute(cone, rows, before)[scores.q]).write()
 
 
-def prune_output(site: Site, kept: Rows, query: Node | None) -> str:
+def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
     """Compute what follows the attention for the kept tokens only, up to where they meet the others again.
 
     Args:
@@ -171,52 +182,56 @@ def prune_output(site: Site, kept: Rows, query: Node | None) -> str:
     Returns:
         why the output projection is not among it, or an empty string.
     """
-    attention = site.attention
-    if _all_attend(attention):
+    attention = site.node
+    assert isinstance(site.call, SparseAttentionCall)
+    if site.all_attend:
         return "every query attends"
-    below = rows_below.find(attention, site.axes)
+    below = forward_slice.find(attention, site.axes)
     reason = "" if below.projects else next((below.stops[n] for n in sorted(below.stops)), "there is none")
     if reason and query is None:
         return reason
     if reason:  # nothing is gained below the attention itself
-        below = rows_below.Below(attention, {attention: site.axes}, {attention})
-    full = site.query
-    query = query or kept.take(full, site.axes, attention)
-    out = insert_call(attention, ops.sparse_attention.default, (query, *args_of(attention)[1:]))
-    below.replace(out, kept, size(args_of(site.scores)[1], 2, attention))
+        below = forward_slice.Below(attention, {attention: site.axes}, {attention})
+    query = query or kept.take(site.query, site.axes, attention)
+    # What it reads now: pruning the values has put others in their place.
+    out = replace(SparseAttentionCall.read(attention), q=query).insert(attention)
+    below.replace(out, kept, size(site.scores.k, 2, attention))
     return reason
 
 
-def prune(site: Site, kept: Rows) -> Pruning:
-    """Prune the projections around one attention, as far as each is proven."""
+def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
+    """Prune the projections around one attention as far as each is proven; return why not, by projection."""
     query, cone, reasons = None, None, {}
     try:
-        prune_values(site, kept)
+        with undone_on_error(graph):
+            prune_values(site, kept)
     except Mixes as why:
         reasons["v"] = str(why)
-    demanded = is_call(site.attention, ops.decode_attention)  # its output has the demanded rows only
     try:
-        if demanded:
-            prune_demanded_queries(site)
-        else:
-            query, cone = prune_queries(site, kept)
+        with undone_on_error(graph):
+            if site.whole:
+                query, cone = prune_queries(site, kept)
+            else:  # its output has the demanded rows only
+                prune_demanded_queries(site)
     except Mixes as why:
         reasons["q"] = str(why)
-    if not demanded and (reason := prune_output(site, kept, query)):
+    if site.whole and (reason := prune_output(site, kept, query)):
         reasons["output"] = reason
     if cone is not None:
         cone.erase()
-    return Pruning(site.name, reasons)
+    return reasons
 
 
-def apply(graph: Graph) -> PassReport:
-    """Prune the projections around every sparse attention of `graph`; report what was pruned and what not."""
-    report = PassReport("prune_projections")
+def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
+    """Prune the projections around every attention that was made sparse; note what was pruned and what not."""
     rows: dict[Node, Rows] = {}
-    for site in find(graph):
-        reason = is_legal(site)
-        if not reason and site.positions not in rows:
-            rows[site.positions] = kept_rows(site.positions)
-        pruning = Pruning(site.name, dict.fromkeys(PARTS, reason)) if reason else prune(site, rows[site.positions])
-        report.pruned.append(pruning)
-    return report
+    for site in sites.prefill:
+        if not site.rewritten:
+            continue
+        around = Around(site.node)
+        if reason := refusal(around):
+            sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
+            continue
+        if around.positions not in rows:
+            rows[around.positions] = kept_rows(around.positions)
+        sites.pruned.append(Pruning(site.name, prune(around, rows[around.positions], graph)))

@@ -15,50 +15,55 @@ narrow what is computed for a few rows, which know scaled_dot_product_attention.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
-from zipvl_compile.kernels.common import masks as _masks  # noqa: F401
-from zipvl_compile.passes.graph.graph import example, insert_call
+from zipvl_compile.passes.graph.graph import undone_on_error
+from zipvl_compile.passes.graph.op_calls import SparseAttentionCall, TokenPositionsCall
+from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks
-from zipvl_compile.passes.match import sdpa as normalize_attention
-from zipvl_compile.passes.match.attention_site import AttentionSite
-from zipvl_compile.passes.sparsify_prefill import is_readable
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.match.sites import Site, Sites
+from zipvl_compile.passes.settings import Settings
+from zipvl_compile.passes.sparsify_prefill import unreadable_inputs
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 
-ops = torch.ops.zipvl
 LEAST = 512  # tokens; of shorter prompts the mask costs less than a call of our operator does on a CPU
 
 
-def find(graph: Graph, masks: CanonicalMasks) -> list[AttentionSite]:
-    """Return the attentions whose masks say no more than a causal flag and a row of padding."""
+def find(graph: Graph, sites: Sites, masks: CanonicalMasks) -> list[Site]:
+    """Return the dense attentions whose masks say no more than a causal flag and a row of padding."""
     autocast = under_autocast(graph)
     return [
         site
-        for site in normalize_attention.find(graph)
-        if site.mask is not None and site.node not in autocast and _is_causal(site, masks)
+        for site in sites.dense
+        if site.attention.mask is not None
+        and site.node not in autocast
+        and _is_causal(site.attention.as_it_stands(), masks)
     ]
 
 
-def _is_causal(site: AttentionSite, masks: CanonicalMasks) -> bool:
-    q, k = example(site.query), example(site.key)
-    if not statically_known_true(q.shape[2] == k.shape[2]) or statically_known_true(k.shape[2] == 1):
+def _is_causal(attention: Attention, masks: CanonicalMasks) -> bool:
+    if not attention.reads_whole_prompt or statically_known_true(example(attention.key).shape[2] == 1):
         return False
-    form = masks.form(site)
-    return "causal" in form.parts and not form.needs_matrix and not is_readable(site)
+    form = masks.form(attention)
+    return form.is_causal and not form.needs_matrix and unreadable_inputs(attention) is None
 
 
-def apply(graph: Graph) -> None:
+def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Replace the attentions of `find` over at least `LEAST` tokens, which becomes a guard of the compiled graph."""
-    masks = CanonicalMasks()
-    for site in find(graph, masks):
-        if example(site.key).shape[2] < LEAST:
+    masks = CanonicalMasks()  # its own: what the sites' masks were read from may be gone
+    for site in find(graph, sites, masks):
+        attention = site.attention.as_it_stands()
+        if example(attention.key).shape[2] < LEAST:
             continue
-        rows, is_causal = masks.hiding(site)
-        everyone = insert_call(site.node, ops.token_positions.default, (site.key,))
-        given = (site.query, site.key, site.value, everyone, rows, is_causal, site.scale, site.softcap, False)
-        site.replace_with(insert_call(site.node, ops.sparse_attention.default, given))
+        with undone_on_error(graph):
+            rows, is_causal = masks.hiding(attention)
+            everyone = TokenPositionsCall(k=attention.key).insert(attention.node)
+            site.node = attention.replace_with(
+                SparseAttentionCall(
+                    q=attention.query, k=attention.key, v=attention.value, positions=everyone, mask=rows,
+                    is_causal=is_causal, scale=attention.scale, softcap=attention.softcap, queries="selected",
+                ).insert(attention.node)
+            )  # fmt: skip
     masks.erase_unread()

@@ -1,6 +1,10 @@
-"""How tests are spread over processes, and Triton's interpreter for machines that have no GPU."""
+"""How tests are spread over processes, Triton's interpreter for machines that have no GPU, and what tests share."""
 
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,12 @@ import torch
 # Read by Triton when a kernel is defined, so before the first import of one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Importable by name, without this folder on the path: there, tests/zipvl_compile would hide the package.
+for name in ("support", "families"):
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(Path(__file__).parent / name)]
+    sys.modules[name] = module_from_spec(spec)
 
 
 def pytest_collection_modifyitems(items):

@@ -19,8 +19,8 @@ from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (regis
 from zipvl_compile.dynamo import gradients_matter
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import is_call
-from zipvl_compile.pipeline import rewrite
-from zipvl_compile.report.compile_report import record
+from zipvl_compile.pipeline import rewrite, settings_of
+from zipvl_compile.report.compile_report import record, record_training
 
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that would silently run in eager mode. Raised when the backend is
@@ -51,10 +51,12 @@ def zipvl(
     """
     parsed = ZipVLOptions.parse(options, mode)
     if gradients_matter():
-        record([], gm.graph, training=True)
+        record_training(gm.graph)
         return _compile(gm, example_inputs, parsed)
     _allow_data_dependent_sizes(gm)
-    record(rewrite(gm.graph, parsed), gm.graph)
+    done = rewrite(gm.graph, settings_of(parsed))
+    gm.graph = done.graph
+    record(done)
     _run_without_gradients(gm)
     cached = _cache_outputs(gm)
     with torch.no_grad():

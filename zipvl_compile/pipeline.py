@@ -1,6 +1,20 @@
-"""The passes, in order."""
+"""The passes, in order: one row each, with what it needs of the rows before it and what it gives to those after it.
+
+`rewrite` matches the attention of a graph once and runs the rows. After each it checks the graph (lint); a pass that
+fails is undone and left out, with a warning, since a fault of ours must not break the user's model.
+With the environment variable `ZIPVL_DUMP=DIR` it writes the graph before and after each pass as readable Python.
+"""
 
 from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch.fx import Graph
 
@@ -15,34 +29,122 @@ from zipvl_compile.passes import (
     sparsify_prefill,
     unmask_dense,
 )
-from zipvl_compile.passes.match import left_dense as leave_dense
-from zipvl_compile.passes.match.outcome import PassReport
+from zipvl_compile.passes.graph.graph import copied
+from zipvl_compile.passes.match.sites import Sites, match
+from zipvl_compile.passes.settings import Settings
 from zipvl_compile.report.costs import least_tokens
 
+log = logging.getLogger("zipvl_compile")
+_dumps = itertools.count()
 
-def rewrite(graph: Graph, options: ZipVLOptions) -> list[PassReport]:
-    """Run the passes over a Dynamo graph, in place; return what each did."""
-    reports = [
-        sparsify_prefill.apply(
-            graph,
-            min_tokens=least_tokens(options),
-            tau=options.tau,
-            keep_ratio=options.keep_ratio,
-            recent=options.recent_probes,
-            random=options.random_probes,
-            seed=options.seed,
-            keep_recent=options.keep_recent,
-            all_queries=options.queries == "all",
-            drop=options.evict == "drop",
-        ),
-        read_compact_cache.apply(graph),
-        leave_dense.apply(graph),
-        demand_rows.apply(graph),
-        prune_projections.apply(graph),
-    ]
-    unmask_dense.apply(graph)
-    keep_every_token.apply(graph)
-    fuse_gathers.apply(graph)
-    choose_kernels.apply(graph, options.kernel)
-    graph.lint()
-    return reports
+
+@dataclass(frozen=True)
+class Row:
+    """One pass: its name, what runs it, what it needs of earlier rows, and what it gives to later ones."""
+
+    name: str
+    apply: Callable[[Graph, Sites, Settings], None]
+    needs: tuple[str, ...]
+    gives: str
+
+
+PIPELINE = (
+    Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
+    Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
+    Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
+    Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),
+    Row("unmask_dense", unmask_dense.apply, ("sites", "demanded rows of the last layer"), "causal dense attention"),
+    Row("keep_every_token", keep_every_token.apply, ("selections",), "copies with room"),
+    Row("fuse_gathers", fuse_gathers.apply, ("kept rows", "copies with room"), "one gather of K and V"),
+    Row("choose_kernels", choose_kernels.apply, ("causal dense attention", "one gather of K and V"), "kernels"),
+)
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph.
+
+    Attributes:
+        graph: the graph to compile; another object than the given one where a pass had to be undone.
+        sites: its attentions, with what became of each.
+        seconds: taken by the matching and by each pass.
+        faults: passes that failed and were left out, with their errors.
+    """
+
+    graph: Graph
+    sites: Sites
+    seconds: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+def without(*names: str) -> tuple[Row, ...]:
+    """Return the pipeline minus some passes."""
+    unknown = set(names) - {row.name for row in PIPELINE}
+    if unknown:
+        raise ValueError(f"names: expected passes of the pipeline, got {sorted(unknown)}. See PIPELINE.")
+    return tuple(row for row in PIPELINE if row.name not in names)
+
+
+def settings_of(options: ZipVLOptions) -> Settings:
+    """Return what the passes need of the options."""
+    return Settings(
+        tau=options.tau,
+        keep_ratio=options.keep_ratio,
+        recent_probes=options.recent_probes,
+        random_probes=options.random_probes,
+        seed=options.seed,
+        keep_recent=options.keep_recent,
+        queries=options.queries,
+        evict=options.evict,
+        min_tokens=least_tokens(options),
+        kernel=options.kernel,
+    )
+
+
+def rewrite(graph: Graph, settings: Settings, passes: tuple[Row, ...] | None = None) -> Rewritten:
+    """Run the passes (`PIPELINE` unless others are given) over a Dynamo graph; what comes back replaces the graph."""
+    done = Rewritten(graph, Sites())
+    dump = _Dump()
+    _run(done, "match", _match)
+    for row in PIPELINE if passes is None else passes:
+        dump.write(done.graph, row.name, "before")
+        _run(done, row.name, lambda done, row=row: row.apply(done.graph, done.sites, settings))  # type: ignore[misc]
+        dump.write(done.graph, row.name, "after")
+    return done
+
+
+def _match(done: Rewritten) -> None:
+    done.sites = match(done.graph)
+
+
+def _run(done: Rewritten, name: str, step: Callable[[Rewritten], None]) -> None:
+    """Run one step and check the graph; undo it if it fails."""
+    start = time.perf_counter()
+    graph, nodes = copied(done.graph)
+    sites = done.sites.copied(nodes)
+    try:
+        step(done)
+        done.graph.lint()
+    except Exception as error:
+        done.graph, done.sites = graph, sites
+        done.faults[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.warning("zipvl: the pass %s failed and was left out", name, exc_info=True)
+        text = f"zipvl: the pass {name} failed and was left out ({done.faults[name]}). Please report this."
+        warnings.warn(text, UserWarning, stacklevel=2)
+    done.seconds[name] = time.perf_counter() - start
+
+
+class _Dump:
+    """Writes graphs as Python into the folder that `ZIPVL_DUMP` names."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get("ZIPVL_DUMP")
+        self.folder = Path(folder) / f"graph_{next(_dumps):03}" if folder else None
+        self.places = itertools.count()
+
+    def write(self, graph: Graph, name: str, moment: str) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        code = graph.python_code("self", verbose=True).src
+        (self.folder / f"{next(self.places):02}_{name}_{moment}.py").write_text(code, encoding="utf-8")

@@ -7,45 +7,31 @@ pass, removes "dead" code in general; a rewrite erases only the nodes that it or
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import SymFloat, SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
-from zipvl_compile.kernels import append_tokens as _append  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
-from zipvl_compile.kernels import kv_view as _view  # noqa: F401
-
-ops = torch.ops.zipvl
-
-
-def example(node: Any) -> Any:
-    """Return the fake value that Dynamo recorded for `node` (constants stand for themselves)."""
-    return node.meta.get("example_value") if isinstance(node, Node) else node
+from zipvl_compile.passes.graph.private import fake_mode_of, faking, leaves
+from zipvl_compile.passes.graph.reading import example, is_pure
 
 
 def propagate(node: Node) -> None:
     """Set `node`'s fake value, and the unbacked symbols it introduces, from those of its arguments."""
     args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
-    # Not detect_fake_mode: while a backend runs, it returns a mode other than that of the recorded values.
-    fakes = tree_leaves([example(a) for a in node.all_input_nodes])
-    fake_mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
-    numbers = all(isinstance(fake, (int, float, torch.SymInt, torch.SymFloat)) for fake in fakes)
-    if fake_mode is None and not numbers:  # a graph without fake values, such as one written by hand in a test
+    fakes = [leaf for x in node.all_input_nodes for leaf in leaves(example(x))]
+    mode = fake_mode_of(fakes)
+    numbers = all(isinstance(fake, (int, float, SymInt, SymFloat)) for fake in fakes)
+    if mode is None and not numbers:  # a graph without fake values, such as one written by hand in a test
         return
     call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-    # With the Python dispatcher, as Dynamo does: C++ decompositions of some releases ask symbolic sizes for numbers.
-    with fake_mode or contextlib.nullcontext(), enable_python_dispatcher():
+    with faking(mode):
         value = call(*(args[1:] if node.op == "call_method" else args), **kwargs)  # type: ignore[operator, index]
     node.meta["example_value"] = value
-    bindings = compute_unbacked_bindings(fake_mode.shape_env, value) if fake_mode is not None else None
+    bindings = compute_unbacked_bindings(mode.shape_env, value) if mode is not None else None
     if bindings:
         node.meta["unbacked_bindings"] = bindings
 
@@ -77,35 +63,17 @@ def calls(graph: Graph, target: Callable[..., Any]) -> list[Node]:
     return [node for node in graph.nodes if is_call(node, target)]
 
 
-def op_name(node: Node) -> str:
-    """Return what a node does, whichever way it was called: `x & y`, `x.__and__(y)` and `operator.and_` are "and".
-
-    In-place calls keep their own names: "masked_fill_", "iadd", "setitem".
-    """
-    if node.op == "call_method":
-        name = str(node.target)
-    else:
-        target = getattr(node.target, "overloadpacket", node.target)
-        name = getattr(target, "__name__", str(target))
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-    return {"and_": "and", "or_": "or", "not_": "not"}.get(name, name)
+def replace(node: Node, new: Node) -> None:
+    """Let everyone who reads `node` read `new`, which has the same value; `current` finds it from then on."""
+    node.replace_all_uses_with(new)
+    node.meta["replaced_by"] = new
 
 
-def args_of(node: Node) -> tuple[Any, ...]:
-    """Return the positional arguments of a call."""
-    return node.args
-
-
-def arguments(node: Node, *names: str) -> dict[str, Any]:
-    """Return the arguments of a call by name, `names` in the order of its positional ones."""
-    return dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
-
-
-_PURE_FUNCTIONS = (
-    operator.getitem, torch.repeat_interleave, ops.token_positions, ops.gather_tokens, ops.kv_view,
-)  # fmt: skip
-_PURE_METHODS = ("expand", "reshape", "view", "unsqueeze", "repeat_interleave", "size")
+def current(node: Node) -> Node:
+    """Return what stands for `node` after all replacements."""
+    while "replaced_by" in node.meta:
+        node = node.meta["replaced_by"]
+    return node
 
 
 def erase_unread(nodes: Iterable[Node]) -> None:
@@ -118,20 +86,40 @@ def erase_unread(nodes: Iterable[Node]) -> None:
 def erase_orphans(nodes: Iterable[Any]) -> None:
     """Erase the given nodes, and what only they used, as far as nobody reads them.
 
-    Call it with nodes whose only readers a rewrite removed. It goes up through the few calls that rewrites orphan, all
-    known to be pure, and ends at anything else.
+    Call it with nodes whose only readers a rewrite removed. It goes up through calls that do nothing but compute their
+    result, and ends at anything else.
     """
     todo = [node for node in nodes if isinstance(node, Node)]
     while todo:
         node = todo.pop()
-        if node._erased or node.users or not _is_pure(node):
+        if node._erased or node.users or not is_pure(node):
             continue
         inputs = list(node.all_input_nodes)
         node.graph.erase_node(node)
         todo.extend(inputs)
 
 
-def _is_pure(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _PURE_METHODS
-    return "out" not in node.kwargs and any(is_call(node, target) for target in _PURE_FUNCTIONS)
+def copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """Return a copy of a graph, and the copy of each of its nodes."""
+    new, nodes = Graph(), {}
+    new.graph_copy(graph, nodes)
+    output = graph.output_node()
+    nodes[output] = new.node_copy(output, lambda node: nodes[node])
+    return new, nodes
+
+
+@contextlib.contextmanager
+def undone_on_error(graph: Graph) -> Iterator[None]:
+    """Erase what the block inserted if it raises, and let the error pass.
+
+    A rewrite inserts first and replaces last, so that this undoes it. What others read already stays, and the runner
+    of the passes puts the whole graph back.
+    """
+    before = set(graph.nodes)
+    try:
+        yield
+    except Exception:
+        for node in reversed([node for node in graph.nodes if node not in before]):
+            if not node.users:
+                graph.erase_node(node)
+        raise

@@ -9,11 +9,13 @@ axis, QUERY the one before), so that broadcasting needs no work:
     table[i, j]               formula of table with its axes replaced by the formulas of i and j
     anything else             an unknown function of its axes, `tensors` says of which node
 
-An axis of size 1 has index 0. Nodes that are changed in place are unknown functions.
+An axis of size 1 has index 0. Nodes that are changed in place, through whatever view, are unknown functions, and so is
+what a rule cannot read or fails on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +26,9 @@ from sympy import Ne, Piecewise
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import example, op_name
-from zipvl_compile.passes.match.attention_site import changed_in_place
+from zipvl_compile.passes.graph.reading import arguments, changed_in_place, example, of
 
+log = logging.getLogger("zipvl_compile")
 KEY, QUERY, HEAD, BATCH = AXES = sympy.symbols("key query head batch", integer=True, nonnegative=True)
 
 
@@ -73,6 +75,7 @@ class Reader:
     """Reads one graph region; remembers what it read."""
 
     def __init__(self, rules: Mapping[str, Rule]) -> None:
+        """Take the rules by the names that `graph/op_traits.py` gives to operations."""
         self.rules = rules
         self.known: dict[Node, Formula] = {}
         self.tensors: dict[Any, Node] = {}
@@ -94,15 +97,18 @@ class Reader:
         value = example(node)
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             return Formula(_constant(value))
-        rule = self.rules.get(op_name(node))
-        if rule is not None and node.op != "placeholder" and not changed_in_place(node):
+        op = of(node)
+        rule = None if op is None else self.rules.get(op.name)
+        if rule is not None and not changed_in_place(node):
             try:
-                formula = rule(self, node)
+                formula = _settled(rule(self, node, arguments(node)), value)
             except NotReadable:
                 pass
+            except Exception as error:  # a form of the call that the rule was not written for
+                log.debug("zipvl cannot read %s: %s", node.format_node(), error)
             else:
                 self.nodes.append(node)
-                return _settled(formula, value)
+                return formula
         if not isinstance(value, torch.Tensor):
             raise NotReadable
         whole = None if value.is_floating_point() else True
@@ -141,4 +147,4 @@ def _settled(formula: Formula, value: Any) -> Formula:
     return Formula(result, formula.rank)
 
 
-Rule = Callable[[Reader, Node], Formula]
+Rule = Callable[[Reader, Node, dict[str, Any]], Formula]

@@ -1,23 +1,22 @@
-"""Attention sites: one canonical form of every attention, however the model wrote it.
-
-`normalize_attention.find` makes them; the passes read and replace them.
-"""
+"""One canonical form of every attention, however the model wrote it; `sdpa.py` and `eager.py` make them."""
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import erase_orphans, erase_unread, example, insert_call
+from zipvl_compile.passes.graph.graph import current, erase_orphans, erase_unread, insert_call
+from zipvl_compile.passes.graph.graph import replace as replace_node
+from zipvl_compile.passes.graph.reading import example
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class Attention:
     """One attention: the node that gives its output, and its inputs, heads not repeated.
 
     `query [B, Hq, m, D]`, `key [B, Hkv, n, D]`, `value [B, Hkv, n, Dv]`. `inputs` are K and V as the attention reads
@@ -46,22 +45,71 @@ class AttentionSite:
     interior: tuple[Node, ...] = ()
     merged: bool = False
 
-    def as_read(self) -> AttentionSite:
-        """Return the site with K and V as the call reads them, heads repeated: for caches that hold them so."""
+    def as_read(self) -> Attention:
+        """Return the attention with K and V as the call reads them, heads repeated: for caches that hold them so."""
         return replace(self, key=self.inputs[0], value=self.inputs[1])
+
+    def as_it_stands(self) -> Attention:
+        """Return the attention with what stands for its inputs after the replacements that passes made."""
+        return self.mapped(current)
+
+    def mapped(self, of: Callable[[Node], Node]) -> Attention:
+        """Return the attention with other nodes in the place of its own."""
+
+        def new(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(new, value))
+            return of(value) if isinstance(value, Node) else value
+
+        return replace(self, **{one.name: new(getattr(self, one.name)) for one in fields(self)})
 
     @property
     def name(self) -> str:
         """Return the path of the module that holds the attention, or the node's name where Dynamo lost it."""
         return module_path(self.node)
 
-    def replace_with(self, out: Node) -> None:
-        """Put `out [B, Hq, m, Dv]` in the place of the attention and erase what only the attention used."""
-        if self.merged:
-            out = insert_call(self.node, torch.flatten, (out, 0, 1))
-        self.node.replace_all_uses_with(out)
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Return whether there are as many queries as keys."""
+        return statically_known_true(example(self.query).shape[2] == example(self.key).shape[2])
+
+    def replace_with(self, out: Node) -> Node:
+        """Put `out [B, Hq, m, Dv]` in the place of the attention and erase what only the attention used.
+
+        Returns:
+            `out`, or what it takes to have its shape.
+        """
+        whole = insert_call(self.node, torch.flatten, (out, 0, 1)) if self.merged else out
+        replace_node(self.node, whole)
         erase_unread([self.node, *self.interior])
         erase_orphans(self.inputs)
+        return whole
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the cost of one attention depends on besides the prompt length.
+
+    Attributes:
+        batch: samples.
+        query_heads, kv_heads: attention heads.
+        head_dim, value_dim: elements of a head of Q and K, and of V.
+        probes: probe rows (tokens).
+        element: bytes of one element.
+        every_query: every query attends to the kept keys, not only the kept ones.
+        dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    probes: int
+    element: int
+    every_query: bool = False
+    dense_mask: bool = False
+    sparse_mask: bool = False
 
 
 def module_path(node: Node) -> str:
@@ -76,42 +124,7 @@ def module_path(node: Node) -> str:
     return path.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
 
 
-def same_shape(left: Any, right: Any) -> bool:
-    """Return whether two shapes are known to be equal."""
-    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
-
-
-def changed_in_place(node: Node) -> bool:
-    """Return whether the graph writes into the tensor of `node`, directly or through a view of it."""
-    return any(
-        writes(user) or (_is_view(user) and changed_in_place(user))
-        for user in node.users
-        if user.args and user.args[0] is node
-    )
-
-
-def writes(user: Node) -> bool:
-    """Return whether a call changes its first argument."""
-    if isinstance(user.target, torch._ops.OpOverload):
-        return user.target._schema.is_mutable
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and user.target not in _NAMED_LIKE_WRITES
-    return in_place or name in ("setitem", "__setitem__") or user.target in _IN_PLACE_OPERATORS
-
-
-_NAMED_LIKE_WRITES = (operator.and_, operator.or_, operator.not_)
-_IN_PLACE_OPERATORS = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
-)  # fmt: skip
-_VIEWS = ("getitem", "expand", "reshape", "view", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "flatten")
-
-
-def _is_view(user: Node) -> bool:
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    return name in _VIEWS
-
-
-def mask_fits(site: AttentionSite) -> bool:
+def mask_fits(site: Attention) -> bool:
     """Return whether the mask broadcasts to `[B, Hq, m, n]` over batch, heads and queries, as the operators read it."""
     if site.mask is None:
         return True
@@ -120,7 +133,7 @@ def mask_fits(site: AttentionSite) -> bool:
         return False
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return False
-    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])[-mask.dim() :]
+    sizes: tuple[Any, ...] = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])[-mask.dim() :]
     leading = zip(mask.shape[:-1], sizes[:-1], strict=True)
     fits = all(statically_known_true(have == 1) or statically_known_true(have == want) for have, want in leading)
     return fits and statically_known_true(mask.shape[-1] == sizes[-1])

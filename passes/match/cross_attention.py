@@ -10,17 +10,13 @@ self-attention are linear maps of the same hidden states,
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.graph import is_call
-from zipvl_compile.passes.match.attention_site import AttentionSite
-
-CROSS_ATTENTION = "cross-attention: queries and keys come from different hidden states"
-_LINEAR = torch.nn.functional.linear
+from zipvl_compile.passes.graph.reading import arguments, is_op
+from zipvl_compile.passes.match.attention_site import Attention
 
 
-def is_cross_attention(site: AttentionSite) -> bool:
+def is_cross_attention(site: Attention) -> bool:
     """Return whether queries and keys are known to be projected from different hidden states.
 
     A graph that does not show the projections of both, as after a graph break or with quantised weights, does not
@@ -47,8 +43,8 @@ def _projected(node: Node) -> set[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if is_call(node, _LINEAR):
-            found.add(node.args[0])  # type: ignore[arg-type]
+        if is_op(node, "linear"):
+            found.add(arguments(node)["input"])
         else:
             todo.extend(node.all_input_nodes)
     return found

@@ -16,25 +16,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.graph import args_of, arguments, example, op_name
+from zipvl_compile.passes.graph.reading import arguments, example, is_op, same_shape, spelled
 from zipvl_compile.passes.masks.mask_form import HIDDEN_BELOW
-from zipvl_compile.passes.match.attention_site import AttentionSite, same_shape
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.match.sdpa import Differs, with_plain_heads
 
 NAME = "eager attention"
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-
-
-class Differs(Exception):
-    """The graph leaves the form; the message says where."""
+_SCALES, _DIVISIONS = ("mul", "mul_"), ("div", "div_")
 
 
 def is_softmax(node: Node) -> bool:
     """Return whether `node` is a softmax over the last axis of a tensor of 3 or 4 axes."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in ("softmax", "_softmax"):
+    if not is_op(node, "softmax"):
         return False
-    scores = example(node)
-    dim = arguments(node, "input", "dim").get("dim")
+    scores, dim = example(node), arguments(node).get("dim")
     return isinstance(scores, torch.Tensor) and scores.dim() in (3, 4) and dim in (-1, scores.dim() - 1)
 
 
@@ -58,7 +55,7 @@ class _Scores:
         self.mask, self.mask_hides = mask, hides
 
 
-def read(softmax: Node) -> AttentionSite:
+def read(softmax: Node) -> Attention:
     """Return the attention around a softmax.
 
     Raises:
@@ -66,7 +63,7 @@ def read(softmax: Node) -> AttentionSite:
     """
     scores = _Scores()
     weights, output, value, dropout = _after(softmax)
-    product = _before(args_of(softmax)[0] if args_of(softmax) else softmax.kwargs["input"], scores)
+    product = _before(arguments(softmax)["input"], scores)
     query, key_transposed = _factors(product, scores)
     key, transposes = _untransposed(key_transposed)
     merged = example(output).dim() == 3
@@ -82,11 +79,11 @@ def read(softmax: Node) -> AttentionSite:
     wanted = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     if not same_shape(out.shape, (wanted[0] * wanted[1], *wanted[2:]) if merged else wanted):
         raise Differs(f"the output has shape {list(out.shape)}, not {list(wanted)}")
-    return AttentionSite(
+    return with_plain_heads(Attention(
         node=output, query=query, key=key, value=value, mask=scores.mask, mask_hides=scores.mask_hides,
         is_causal=False, scale=scores.scale, softcap=scores.softcap, dropout=dropout, inputs=(key, value),
         interior=(*weights, *scores.interior, product, *transposes), merged=merged,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _after(softmax: Node) -> tuple[list[Node], Node, Node, float]:
@@ -96,15 +93,15 @@ def _after(softmax: Node) -> tuple[list[Node], Node, Node, float]:
         if len(node.users) != 1:
             raise Differs(f"the attention weights are read {len(node.users)} times, not once")
         (user,) = node.users
-        name = op_name(user) if user.op != "output" else "output"
-        if name in _CASTS and args_of(user)[0] is node:
+        if is_op(user, *_CASTS) and arguments(user)["input"] is node:
             pass
-        elif name == "dropout":
-            given = arguments(user, "input", "p", "training")
+        elif is_op(user, "dropout"):
+            given = arguments(user)
             dropout = given.get("p", 0.5) if given.get("training", True) else 0.0
-        elif name in ("matmul", "bmm", "einsum"):
+        elif is_op(user, "matmul", "bmm", "einsum"):
             return between[::-1], user, _other_factor(user, node), dropout
         else:
+            name = spelled(user) if user.op != "output" else "output"
             raise Differs(f"the attention weights go through {name!r} before the values")
         between.append(user)
         node = user
@@ -112,13 +109,18 @@ def _after(softmax: Node) -> tuple[list[Node], Node, Node, float]:
 
 def _other_factor(product: Node, weights: Node) -> Node:
     """Return V of `weights @ V`."""
-    if op_name(product) == "einsum":
+    if is_op(product, "einsum"):
         left, right = _einsum(product, ("bhqk,bhkd->bhqd", "bqk,bkd->bqd"))
     else:
-        left, right = args_of(product)[:2]
+        left, right = _operands(product)
     if left is not weights or not isinstance(right, Node):
         raise Differs("the attention weights are not the left factor of a product with values")
     return right
+
+
+def _operands(node: Node) -> tuple[Any, Any]:
+    given = arguments(node)
+    return given["input"], given["other"]
 
 
 def _before(node: Any, found: _Scores) -> Node:
@@ -128,47 +130,49 @@ def _before(node: Any, found: _Scores) -> Node:
             raise Differs("no product of queries and keys above the softmax")
         if len(node.users) != 1:
             raise Differs("the scores are read elsewhere, too")
-        name = op_name(node)
-        if name in _PRODUCTS:
+        if is_op(node, *_PRODUCTS):
             return node
         found.interior.append(node)
-        node = _step(node, name, found)
+        node = _step(node, found)
 
 
-def _step(node: Node, name: str, found: _Scores) -> Any:
+def _step(node: Node, found: _Scores) -> Any:
     """Note what one node does to the scores; return its input."""
-    if name in _CASTS:
-        return args_of(node)[0]
-    if name in ("add", "iadd"):
-        left, right = args_of(node)[:2]
+    if is_op(node, *_CASTS):
+        return arguments(node)["input"]
+    if is_op(node, "add", "add_"):
+        left, right = _operands(node)
         scores, mask = (left, right) if _leads_to_product(left) else (right, left)
+        if arguments(node).get("alpha", 1) != 1:
+            raise Differs("what is added to the scores is multiplied by alpha")
         found.set_mask(mask, hides=False)
         return scores
-    if name == "where":
-        mask, scores, fill = args_of(node)
-        _check_fill(fill)
-        found.set_mask(mask, hides=False)
-        return scores
-    if name in ("masked_fill", "masked_fill_"):
-        given = arguments(node, "input", "mask", "value")
+    if is_op(node, "where"):
+        given = arguments(node)
+        _check_fill(given["other"])
+        found.set_mask(given["condition"], hides=False)
+        return given["input"]
+    if is_op(node, "masked_fill", "masked_fill_"):
+        given = arguments(node)
         _check_fill(given["value"])
         found.set_mask(given["mask"], hides=True)
         return given["input"]
-    if name in ("mul", "imul", "truediv", "div", "itruediv"):
-        source, factor = _scaled(node, divides=name in ("truediv", "div", "itruediv"))
-        if isinstance(source, Node) and op_name(source) == "tanh":
+    if is_op(node, *_SCALES, *_DIVISIONS):
+        source, factor = _scaled(node)
+        if is_op(source, "tanh"):
             return _softcapped(source, factor, found)
         found.scale *= factor
         return source
-    raise Differs(f"the scores go through {name!r} before the softmax")
+    raise Differs(f"the scores go through {spelled(node)!r} before the softmax")
 
 
-def _scaled(node: Node, divides: bool) -> tuple[Any, float]:
-    left, right = args_of(node)[:2]
+def _scaled(node: Node) -> tuple[Any, float]:
+    left, right = _operands(node)
+    divides = is_op(node, *_DIVISIONS)
     if not divides and _number(right) is None:
         left, right = right, left
     factor = _number(right)
-    if factor is None:
+    if factor is None or arguments(node).get("rounding_mode") is not None:
         raise Differs("the scores are multiplied by a tensor")
     return left, 1.0 / factor if divides else factor
 
@@ -181,10 +185,10 @@ def _number(x: Any) -> float | None:
 
 def _softcapped(tanh: Node, softcap: float, found: _Scores) -> Any:
     """Match `tanh(scores / c) * c`."""
-    inner = args_of(tanh)[0]
-    if not isinstance(inner, Node) or op_name(inner) not in ("truediv", "div", "mul"):
+    inner = arguments(tanh)["input"]
+    if not is_op(inner, *_SCALES, *_DIVISIONS):
         raise Differs("the scores go through 'tanh' before the softmax")
-    source, factor = _scaled(inner, divides=op_name(inner) != "mul")
+    source, factor = _scaled(inner)
     if found.scale != 1.0 or abs(softcap * factor - 1.0) > 1e-6:
         raise Differs("tanh of the scores is not a softcap c * tanh(scores / c)")
     found.softcap = softcap
@@ -200,35 +204,31 @@ def _check_fill(fill: Any) -> None:
 
 def _filled_with(node: Node) -> float | None:
     """Return the number in `torch.full([], number)`, `torch.tensor(number)` and casts of them."""
-    while node.op != "placeholder" and op_name(node) in ("to", "type") and isinstance(args_of(node)[0], Node):
-        node = args_of(node)[0]
-    if node.op not in ("call_function", "call_method") or op_name(node) not in ("full", "tensor", "scalar_tensor"):
-        return None
-    given = args_of(node)[1] if op_name(node) == "full" and len(args_of(node)) > 1 else args_of(node)[0]
-    return _number(node.kwargs.get("fill_value", given))
+    while is_op(node, "to", "type") and isinstance(arguments(node)["input"], Node):
+        node = arguments(node)["input"]
+    if is_op(node, "full"):
+        return _number(arguments(node)["fill_value"])
+    return _number(arguments(node)["data"]) if is_op(node, "tensor", "scalar_tensor") else None
 
 
 def _leads_to_product(node: Any) -> bool:
     """Return whether nothing but steps of the scores lies between `node` and a product."""
-    steps = (*_CASTS, "mul", "imul", "truediv", "div", "itruediv", "tanh", "add", "where", "masked_fill")
-    while isinstance(node, Node) and node.op in ("call_function", "call_method"):
-        name = op_name(node)
-        if name in _PRODUCTS:
+    steps = (*_CASTS, *_SCALES, *_DIVISIONS, "tanh", "add", "where", "masked_fill")
+    while is_op(node, *_PRODUCTS, *steps):
+        if is_op(node, *_PRODUCTS):
             return True
-        if name not in steps:
-            return False
-        node = args_of(node)[1] if name == "where" or not isinstance(args_of(node)[0], Node) else args_of(node)[0]
+        given = arguments(node)
+        node = given["input"] if isinstance(given["input"], Node) else given.get("other")
     return False
 
 
 def _factors(product: Node, found: _Scores) -> tuple[Node, Node]:
     """Return queries and keys, the keys transposed except in an einsum."""
-    name = op_name(product)
-    if name == "einsum":
+    if is_op(product, "einsum"):
         return _einsum(product, ("bhqd,bhkd->bhqk", "bqd,bkd->bqk"))
-    if name != "baddbmm":
-        return args_of(product)[:2]
-    given = arguments(product, "input", "batch1", "batch2")
+    if not is_op(product, "baddbmm"):
+        return _operands(product)
+    given = arguments(product)
     beta = given.get("beta", 1)
     if beta == 1:
         found.set_mask(given["input"], hides=False)
@@ -240,8 +240,8 @@ def _factors(product: Node, found: _Scores) -> tuple[Node, Node]:
 
 def _einsum(node: Node, forms: tuple[str, ...]) -> tuple[Node, Node]:
     """Return the two operands of an einsum of one of the `forms`, whatever its letters."""
-    equation = str(args_of(node)[0]).replace(" ", "")
-    operands = args_of(node)[1] if isinstance(args_of(node)[1], (list, tuple)) else args_of(node)[1:]
+    given = arguments(node)
+    equation, operands = str(given["equation"]).replace(" ", ""), given["operands"]
     letters: dict[str, str] = {}
     for form in forms:
         same = len(form) == len(equation)
@@ -257,27 +257,25 @@ def _untransposed(node: Any) -> tuple[Node, list[Node]]:
         raise Differs("no keys in the product above the softmax")
     rank = example(node).dim()
     last, before = rank - 1, rank - 2
-    if node.op in ("call_function", "call_method") and len(node.users) == 1:
-        name = op_name(node)
-        if name in ("transpose", "swapaxes", "swapdims"):
-            given = arguments(node, "input", "dim0", "dim1")
-            if {given["dim0"] % rank, given["dim1"] % rank} == {last, before}:
-                return args_of(node)[0], [node]
-        if name == "permute":
-            dims = args_of(node)[1] if isinstance(args_of(node)[1], (tuple, list)) else args_of(node)[1:]
-            if [d % rank for d in dims] == [*range(before), last, before]:
-                return args_of(node)[0], [node]
-        if node.target is getattr and args_of(node)[1] == "mT":
-            return args_of(node)[0], [node]
-    if any(op_name(user) == "einsum" for user in node.users):
+    if len(node.users) == 1 and is_op(node, "transpose", "permute", "getattr"):
+        given = arguments(node)
+        if is_op(node, "transpose"):
+            swaps = {given["dim0"] % rank, given["dim1"] % rank} == {last, before}
+        elif is_op(node, "permute"):
+            swaps = [d % rank for d in given["dims"]] == [*range(before), last, before]
+        else:
+            swaps = given["name"] == "mT"
+        if swaps:
+            return given["input"], [node]
+    if any(is_op(user, "einsum") for user in node.users):
         return node, []
     raise Differs("the keys are not transposed right before the product")
 
 
 def _with_heads(node: Node) -> tuple[Node, Node]:
     """Return `x [B, H, n, D]` of `x.reshape(B * H, n, D)`, and the reshape."""
-    if node.op == "call_method" and node.target in ("reshape", "view", "flatten"):
-        source = args_of(node)[0]
+    if is_op(node, "reshape", "view", "flatten"):
+        source = arguments(node)["input"]
         x = example(source)
         if isinstance(source, Node) and x.dim() == 4:
             merged = (x.shape[0] * x.shape[1], *x.shape[2:])

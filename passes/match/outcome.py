@@ -1,11 +1,12 @@
-"""What a pass did to each attention site, or why it left it alone."""
+"""What became of each attention, of the projections around it and of the last hidden state, for reports."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from zipvl_compile.passes.cost_model import AttentionShape
+from zipvl_compile.passes.match.attention_site import AttentionShape
+from zipvl_compile.passes.match.reasons import Reason
 
 Kind = Literal["prefill", "decode", "other"]
 
@@ -17,22 +18,25 @@ class SiteOutcome:
     Attributes:
         layer: path of the module that holds it.
         kind: "prefill" or "decode" of a KV cache; "other" is attention without one.
-        reason: why it stays dense; empty where it was rewritten.
-        by_design: staying dense is what should happen, as for a vision tower; nobody needs a warning.
+        reason: why it stays dense; None where it was rewritten.
         mask: what the mask of a prefill computes, such as "causal + padding"; empty where nobody asked.
         shape: what the cost of a prefill depends on; None where nobody asked.
     """
 
     layer: str
     kind: Kind
-    reason: str = ""
-    by_design: bool = False
+    reason: Reason | None = None
     mask: str = field(default="", compare=False)
     shape: AttentionShape | None = field(default=None, compare=False)
 
     @property
     def rewritten(self) -> bool:
-        return not self.reason
+        return self.reason is None
+
+    @property
+    def by_design(self) -> bool:
+        """Return whether staying dense is what should happen, as for a vision tower; nobody needs a warning."""
+        return self.reason is not None and self.reason.by_design
 
 
 PARTS = ("q", "v", "output")
@@ -73,13 +77,3 @@ class Demand:
 
     def __str__(self) -> str:
         return f"last hidden state, rows {self.rows}: {self.reason or 'only those are computed'}"
-
-
-@dataclass
-class PassReport:
-    """The outcomes of one pass over one graph, in execution order: its sites, and what is computed around them."""
-
-    name: str
-    sites: list[SiteOutcome] = field(default_factory=list)
-    pruned: list[Pruning] = field(default_factory=list)
-    demands: list[Demand] = field(default_factory=list)

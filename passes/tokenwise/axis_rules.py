@@ -8,7 +8,8 @@ inputs. `carried` says so for one node, from the output up to the inputs:
     (q * cos)[:, :, i]              from  q[:, :, i] and cos[.., i, :]      cos of size 1 there: from all of it
     x.mean(-1, keepdim=True)[:, i]  from  x[:, i]
 
-The axis may be that of the tokens or that of the batch. An operation that no rule knows might mix tokens: `Mixes`.
+The axis may be that of the tokens or that of the batch. The table of operations
+(`graph/op_traits.py`) says which rule an operation follows; one that it does not know might mix tokens: `Mixes`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
-from zipvl_compile.passes.graph.graph import args_of, arguments, example, op_name
+from zipvl_compile.passes.graph.op_traits import Tokens
+from zipvl_compile.passes.graph.private import leaves
+from zipvl_compile.passes.graph.reading import arguments, example, holds_tensors, is_op, of, spelled, written
 
 FRESH = ("new_empty", "new_zeros", "new_ones")
 SIZED = ("view", "reshape", "expand", *FRESH)  # calls that name the sizes of their result
@@ -40,10 +42,19 @@ def carried(node: Node, axis: int) -> Carried:
     Raises:
         Mixes: a token of the output may depend on several tokens of an input.
     """
-    rule = _RULES.get(op_name(node)) if node.op in ("call_function", "call_method") else None
-    if rule is None or not node.args or "out" in node.kwargs:
-        raise Mixes(f"{op_name(node)!r} may mix tokens")
-    return rule(node, axis)
+    op = of(node)
+    if op is None or op.tokens is None:
+        raise Mixes(f"{spelled(node)!r} may mix tokens")
+    try:
+        given = arguments(node)
+        if written(node) and op.tokens is not Tokens.COPY:
+            raise Mixes(f"{spelled(node)!r} changes a tensor in place")
+        found = _RULES[op.tokens](node, axis, given)
+    except Mixes:
+        raise
+    except Exception as error:  # a form of the call that its rule was not written for
+        raise Mixes(f"{spelled(node)!r} is called in an unknown way ({type(error).__name__}: {error})") from error
+    return {x: own for x, own in found.items() if isinstance(x, Node)}
 
 
 def axis_below(node: Node, given: Carried) -> int:
@@ -52,7 +63,7 @@ def axis_below(node: Node, given: Carried) -> int:
     Raises:
         Mixes: there is none.
     """
-    reason = Mixes(f"{op_name(node)!r} meets tokens on different axes")
+    reason = Mixes(f"{spelled(node)!r} meets tokens on different axes")
     for axis in range(rank(node)):
         try:
             inputs = carried(node, axis)
@@ -66,12 +77,7 @@ def axis_below(node: Node, given: Carried) -> int:
 
 def rank(node: Node) -> int:
     """Return the number of axes of a tensor, or of the first tensor of a tuple."""
-    return next(x.dim() for x in tree_leaves(example(node)) if isinstance(x, torch.Tensor))
-
-
-def holds_tensors(node: Any) -> bool:
-    """Return whether a node is a tensor or has some, not a size."""
-    return isinstance(node, Node) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example(node)))
+    return next((x.dim() for x in leaves(example(node)) if isinstance(x, torch.Tensor)), 0)
 
 
 def aligned(x: Node, node: Node, axis: int) -> int:
@@ -80,10 +86,10 @@ def aligned(x: Node, node: Node, axis: int) -> int:
 
 
 def _operands(node: Node) -> list[Node]:
-    return [x for x in tree_leaves((node.args, dict(node.kwargs))) if holds_tensors(x)]
+    return [x for x in leaves((node.args, dict(node.kwargs))) if holds_tensors(x)]
 
 
-def _pointwise(node: Node, axis: int) -> Carried:
+def _pointwise(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     found = {}
     for x in _operands(node):
         own = aligned(x, node, axis)
@@ -92,92 +98,82 @@ def _pointwise(node: Node, axis: int) -> Carried:
     return found
 
 
-def _like_first(node: Node, axis: int) -> Carried:
+def _first(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     """Other operands give a dtype only."""
-    return {args_of(node)[0]: axis}
+    return {given["input"]: axis}
 
 
-def _activation(node: Node, axis: int) -> Carried:
-    if arguments(node, "input", "inplace").get("inplace") is True:
-        raise Mixes(f"{op_name(node)!r} changes its input in place")
-    return _like_first(node, axis)
-
-
-def _dropout(node: Node, axis: int) -> Carried:
-    given = arguments(node, "input", "p", "training", "inplace")
-    if (given.get("training", True) and given.get("p", 0.5) != 0) or given.get("inplace"):
+def _dropout(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    if given.get("training", True) and given.get("p", 0.5) != 0:
         raise Mixes("dropout draws at random: the model is training")
-    return _like_first(node, axis)
+    return {given["input"]: axis}
 
 
-def _by_features(node: Node, axis: int) -> Carried:
+def _features(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     if axis == rank(node) - 1:
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
-    return {args_of(node)[0]: axis}
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
+    return {given["input"]: axis}
 
 
-def _norm(node: Node, axis: int) -> Carried:
-    shape = arguments(node, "input", "normalized_shape")["normalized_shape"]
+def _norm(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    shape = given["normalized_shape"]
     if axis >= rank(node) - (len(shape) if isinstance(shape, (tuple, list)) else 1):
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
-    return {args_of(node)[0]: axis}
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
+    return {given["input"]: axis}
 
 
-def _matmul(node: Node, axis: int) -> Carried:
-    first, second = args_of(node)[:2]
+def _matmul(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    first, second = given["input"], given["other"]
     if example(second).dim() != 2 or axis == rank(node) - 1 or example(first).dim() < 2:
-        raise Mixes(f"{op_name(node)!r} may mix tokens")
+        raise Mixes(f"{spelled(node)!r} may mix tokens")
     return {first: axis}
 
 
-def _softmax(node: Node, axis: int) -> Carried:
-    dim = arguments(node, "input", "dim").get("dim")
+def _along(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    dim = given.get("dim")
     if not isinstance(dim, int) or dim % rank(node) == axis:
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
-    return {args_of(node)[0]: axis}
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
+    return {given["input"]: axis}
 
 
-def _reduce(node: Node, axis: int) -> Carried:
-    given = arguments(node, "input", "dim", "keepdim")
+def _reduce(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     source, dims = given["input"], given.get("dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    if not dims or (op_name(node) == "var" and len(node.args) > 2):  # var's third argument is another
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
+    dims = [dims] if isinstance(dims, int) and not isinstance(dims, bool) else dims
+    if not isinstance(dims, (tuple, list)) or not dims:
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
     reduced = {d % rank(source) for d in dims}
     left = [d for d in range(rank(source)) if given.get("keepdim") or d not in reduced]
     if left[axis] in reduced:
-        raise Mixes(f"{op_name(node)!r} works along the tokens")
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
     return {source: left[axis]}
 
 
-def _transpose(node: Node, axis: int) -> Carried:
-    given = arguments(node, "input", "dim0", "dim1")
+def _transpose(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     a, b = given["dim0"] % rank(node), given["dim1"] % rank(node)
     return {given["input"]: {a: b, b: a}.get(axis, axis)}
 
 
-def _permute(node: Node, axis: int) -> Carried:
-    source, *dims = args_of(node)
-    order: Any = node.kwargs.get("dims", dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims)
-    return {source: order[axis] % rank(node)}
+def _permute(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    return {given["input"]: given["dims"][axis] % rank(node)}
 
 
-def _reshape(node: Node, axis: int) -> Carried:
+def _reshape(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     """The token axis stays whole, with equally many elements before it."""
-    source = args_of(node)[0]
-    if op_name(node) in SIZED:
-        _check_sizes(node)
+    source = given["input"]
+    if is_op(node, *SIZED):
+        _check_sizes(node, given)
     old, new = example(source).shape, example(node).shape
     for place in range(len(old)):
         same = statically_known_true(old[place] == new[axis])
         if same and statically_known_true(_product(old[:place]) == _product(new[:axis])):
             return {source: place}
-    raise Mixes(f"{op_name(node)!r} takes the token axis apart")
+    raise Mixes(f"{spelled(node)!r} takes the token axis apart")
 
 
-def _check_sizes(node: Node) -> None:
-    if len(tree_leaves(args_of(node)[1:])) != rank(node):
-        raise Mixes(f"{op_name(node)!r} does not name its sizes")
+def _check_sizes(node: Node, given: dict[str, Any]) -> None:
+    sizes = leaves(given.get("size"))
+    if len(sizes) != rank(node) or "size" in node.kwargs or any(isinstance(size, torch.dtype) for size in sizes):
+        raise Mixes(f"{spelled(node)!r} does not name its sizes")
 
 
 def _product(sizes: Any) -> Any:
@@ -187,30 +183,29 @@ def _product(sizes: Any) -> Any:
     return result
 
 
-def _expand(node: Node, axis: int) -> Carried:
-    source = args_of(node)[0]
+def _expand(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    source = given["input"]
     own = aligned(source, node, axis)
-    _check_sizes(node)
+    _check_sizes(node, given)
     if own < 0 or not statically_known_true(example(source).shape[own] == example(node).shape[axis]):
-        raise Mixes(f"{op_name(node)!r} repeats a token")
+        raise Mixes(f"{spelled(node)!r} repeats a token")
     return {source: own}
 
 
-def _split(node: Node, axis: int) -> Carried:
-    source, dim = args_of(node)[0], arguments(node, "input", "sizes", "dim").get("dim", 0)
-    if dim % rank(source) == axis:
-        raise Mixes(f"{op_name(node)!r} cuts the token axis")
+def _cut(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    source = given["input"]
+    if given.get("dim", 0) % rank(source) == axis:
+        raise Mixes(f"{spelled(node)!r} cuts the token axis")
     return {source: axis}
 
 
-def _unbind(node: Node, axis: int) -> Carried:
-    given = arguments(node, "input", "dim")
+def _unbind(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     dim = given.get("dim", 0) % rank(given["input"])
     return {given["input"]: axis + (axis >= dim)}
 
 
-def _getitem(node: Node, axis: int) -> Carried:
-    source, index = args_of(node)
+def _getitem(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    source, index = given["input"], given["index"]
     if not isinstance(example(source), torch.Tensor):
         return {source: axis}  # one of the tensors of a split
     index = index if isinstance(index, tuple) else (index,)
@@ -234,54 +229,59 @@ def every_axis(index: tuple, axes: int) -> list:
     return [*index[:at], *[slice(None)] * (axes - used), *index[at + 1 :]]
 
 
-def _cat(node: Node, axis: int) -> Carried:
-    given = arguments(node, "tensors", "dim")
+def _cat(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     if given.get("dim", 0) % rank(node) == axis:
         raise Mixes("'cat' joins tokens with others")
     return dict.fromkeys(given["tensors"], axis)
 
 
-def _stack(node: Node, axis: int) -> Carried:
-    given = arguments(node, "tensors", "dim")
+def _stack(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     dim = given.get("dim", 0) % rank(node)
     if dim == axis:
         raise Mixes("'stack' joins tokens with others")
     return dict.fromkeys(given["tensors"], axis - (axis > dim))
 
 
-def _repeat_interleave(node: Node, axis: int) -> Carried:
-    given = arguments(node, "input", "repeats", "dim")
+def _repeat(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     dim = given.get("dim")
     if not isinstance(dim, int) or not isinstance(given["repeats"], int) or dim % rank(node) == axis:
         raise Mixes("'repeat_interleave' repeats tokens")
     return {given["input"]: axis}
 
 
-def _fresh(node: Node, axis: int) -> Carried:
+def _fresh(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     """An empty tensor that copies fill: its first argument, which gives a dtype, need not be computed in full."""
-    source = args_of(node)[0]
+    source = given["input"]
     shape = example(source).shape
-    _check_sizes(node)
+    _check_sizes(node, given)
     alike = axis < len(shape) and statically_known_true(shape[axis] == example(node).shape[axis])
     return {source: axis} if alike else {}
 
 
-def _copy(node: Node, axis: int) -> Carried:
-    return {args_of(node)[0]: axis} | {x: a for x, a in _pointwise(node, axis).items() if x is not args_of(node)[0]}
+def _copy(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    filled = given["input"]
+    return {filled: axis} | {x: a for x, a in _pointwise(node, axis, given).items() if x is not filled}
 
 
-RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
-_RULES: dict[str, Callable[[Node, int], Carried]] = {
-    **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous"), _like_first),
-    **dict.fromkeys(("clone", "detach", "neg", "pow", "rsqrt", "sqrt", "square", "exp", "abs", "erf"), _pointwise),
-    **dict.fromkeys(("cos", "sin", "reciprocal", "clamp", "lt", "le", "gt", "ge", "eq", "ne"), _pointwise),
-    **dict.fromkeys(("add", "sub", "mul", "truediv", "div", "where", "masked_fill"), _pointwise),
-    **dict.fromkeys(("silu", "relu", "sigmoid", "tanh", "gelu", "softplus"), _activation),
-    **dict.fromkeys(("mean", "sum", "var"), _reduce), **dict.fromkeys(RESHAPES, _reshape),
-    **dict.fromkeys(("split", "chunk"), _split), "permute": _permute,
-    **dict.fromkeys(("linear", "view_as_complex"), _by_features), "view_as_real": _like_first,
-    **dict.fromkeys(("layer_norm", "rms_norm"), _norm), **dict.fromkeys(("matmul", "mm"), _matmul),
-    **dict.fromkeys(("cat", "concat", "concatenate"), _cat), **dict.fromkeys(FRESH, _fresh),
-    "dropout": _dropout, "softmax": _softmax, "transpose": _transpose, "swapaxes": _transpose, "unbind": _unbind,
-    "expand": _expand, "getitem": _getitem, "stack": _stack, "repeat_interleave": _repeat_interleave, "copy_": _copy,
-}  # fmt: skip
+_RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
+    Tokens.POINTWISE: _pointwise,
+    Tokens.FIRST: _first,
+    Tokens.DROPOUT: _dropout,
+    Tokens.FEATURES: _features,
+    Tokens.NORM: _norm,
+    Tokens.MATMUL: _matmul,
+    Tokens.ALONG: _along,
+    Tokens.REDUCE: _reduce,
+    Tokens.TRANSPOSE: _transpose,
+    Tokens.PERMUTE: _permute,
+    Tokens.RESHAPE: _reshape,
+    Tokens.EXPAND: _expand,
+    Tokens.CUT: _cut,
+    Tokens.UNBIND: _unbind,
+    Tokens.GETITEM: _getitem,
+    Tokens.CAT: _cat,
+    Tokens.STACK: _stack,
+    Tokens.REPEAT: _repeat,
+    Tokens.FRESH: _fresh,
+    Tokens.COPY: _copy,
+}

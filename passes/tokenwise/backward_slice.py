@@ -5,7 +5,7 @@ A tensor that is computed token by token has any of its rows for the price of th
     v = linear(norm(h), w).view(B, n, H, D).transpose(1, 2)                     every token
     v[:, :, rows] = linear(norm(h)[:, rows], w).view(B, m, H, D).transpose(1, 2)
 
-`find` follows the token axis from the wanted tensors upwards, operation by operation (`token_axis.py`), to the tensors
+`find` follows the token axis from the wanted tensors upwards, operation by operation (`axis_rules.py`), to the tensors
 whose rows have to be taken: those that mix tokens, and those that are there anyway since others read them. `again`
 inserts the computation for other rows.
 
@@ -23,11 +23,18 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import args_of, erase_unread, example, op_name, propagate
-from zipvl_compile.passes.match.attention_site import AttentionSite, changed_in_place, writes
-from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned, axis_below, carried, holds_tensors
-
-_SIZE_OF = ("size", "dim", "numel", "stride", "sym_size", "sym_numel", "getattr")
+from zipvl_compile.passes.graph.graph import erase_unread, propagate
+from zipvl_compile.passes.graph.reading import (
+    arguments,
+    changed_in_place,
+    example,
+    holds_tensors,
+    is_op,
+    of,
+    spelled,
+    written,
+)
+from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned, axis_below, carried
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def find(graph: Graph, targets: dict[Node, Axes], is_source: Callable[[Node, Con
     """
     cone, wanted = Cone(targets), dict(targets)
     for node in sorted(_above(graph, targets), reverse=True):
-        if op_name(node) == "copy_" and (base := _filled(node)) in wanted:
+        if is_op(node, "copy_") and (base := _filled(node)) in wanted:
             wanted[node] = wanted[_base_view(node)] = _through_view(_base_view(node), base, wanted[base])  # type: ignore
         if node not in wanted:
             continue
@@ -79,7 +86,7 @@ def find(graph: Graph, targets: dict[Node, Axes], is_source: Callable[[Node, Con
         cone.nodes[node] = axes
         for x, own in inputs.items():
             if wanted.setdefault(x, own) != own:
-                raise Mixes(f"{op_name(x)!r} is read with tokens on different axes")
+                raise Mixes(f"{spelled(x)!r} is read with tokens on different axes")
     for node in [node for node in cone.sources if not isinstance(example(node), torch.Tensor)]:
         del cone.sources[node]  # of the tensors of a split, rows are taken one by one
         for piece in [user for user in node.users if user in cone.nodes]:
@@ -95,7 +102,7 @@ def _above(graph: Graph, targets: Iterable[Node]) -> set[Node]:
         if node not in seen:
             seen.add(node)
             todo += node.all_input_nodes
-            if op_name(node) in FRESH:
+            if is_op(node, *FRESH):
                 todo += [write for view in node.users for write in _writes_to(view)]
     return seen
 
@@ -107,19 +114,21 @@ def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
     if axes.batch is None:
         return {x: Axes(token) for x, token in tokens.items()}
     if axes.batch < 0 or statically_known_true(example_size(node, axes.batch) == 1):
-        raise Mixes(f"{op_name(node)!r} is the same for every sample")
+        raise Mixes(f"{spelled(node)!r} is the same for every sample")
     samples = carried(node, axes.batch)
     return {x: Axes(a, samples[x] if x in samples else aligned(x, node, axes.batch)) for x, a in tokens.items()}
 
 
 def reads_size(user: Node) -> bool:
     """Return whether a reader of a tensor wants its size only."""
-    return op_name(user) in _SIZE_OF and example(user) is not None and not holds_tensors(user)
+    op = of(user)
+    named = is_op(user, "getattr") and user.args[1] in ("shape", "ndim", "dtype", "device")
+    return op is not None and (op.sizes or named) and example(user) is not None and not holds_tensors(user)
 
 
 def multiplies(node: Node) -> bool:
     """Return whether a node is a projection: a matrix product with a weight."""
-    return op_name(node) in ("linear", "matmul", "mm")
+    return is_op(node, "linear", "matmul", "mm")
 
 
 def example_size(node: Node, axis: int) -> Any:
@@ -133,7 +142,7 @@ def copy_for_rows(nodes: dict[Node, Axes], rows: dict[Node, Node], count: Any, b
     new, sizes = dict(rows), sizes_of(nodes, rows)
     for node in sorted([*nodes, *sizes]):
         # A size stands for the new one where it names a size; a number that is computed with stays what it was.
-        known = new if node in sizes or op_name(node) in SIZED else {x: y for x, y in new.items() if x not in sizes}
+        known = new if node in sizes or is_op(node, *SIZED) else {x: y for x, y in new.items() if x not in sizes}
         with before.graph.inserting_before(before):
             new[node] = before.graph.node_copy(node, lambda x, known=known: known.get(x, x))  # type: ignore[misc]
         if node in nodes:
@@ -153,18 +162,18 @@ def sizes_of(*tensors: Iterable[Node]) -> set[Node]:
             todo += node.users
     read: set[Node] = set()
     for node in sorted({*nodes, *found}, reverse=True):
-        if node in read or (node in nodes and op_name(node) in SIZED):
+        if node in read or (node in nodes and is_op(node, *SIZED)):
             read |= found.intersection(node.all_input_nodes)
     return read
 
 
 def _resize(node: Node, copy: Node, axis: int, count: Any) -> None:
     """Put `count` in the place of the number of tokens among the sizes that a call names."""
-    if op_name(node) not in SIZED:
+    if not is_op(node, *SIZED):
         return
-    first, *sizes = args_of(copy)
+    first, *sizes = copy.args
     nested = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
-    sizes = list(sizes[0]) if nested else sizes
+    sizes = list(sizes[0]) if nested else sizes  # type: ignore[arg-type]
     shape = example(node).shape
     # A -1 would have to be derived from `count`, which nobody may know before the graph runs.
     sizes = [shape[i] if size == -1 and isinstance(shape[i], int) else size for i, size in enumerate(sizes)]
@@ -182,8 +191,8 @@ class TokenRows:
         for node in self.graph.nodes:
             if not self.reached.isdisjoint(node.all_input_nodes):
                 self.reached.add(node)
-                if op_name(node) == "copy_":
-                    self.reached |= {args_of(node)[0], *args_of(node)[0].all_input_nodes}
+                if is_op(node, "copy_"):
+                    self.reached |= {node.args[0], *node.args[0].all_input_nodes}
 
     def cone(self, targets: Iterable[Node]) -> Cone:
         """Return the computation of `targets [B, H, n, D]` from the sources.
@@ -199,7 +208,7 @@ class TokenRows:
                 raise Mixes("the tokens are not on the third axis")
             if node in self.reached and node in cone.stops:
                 raise Mixes(cone.stops[node])
-            reader = next((op_name(user) for user in node.users if user in cone.nodes), "the attention")
+            reader = next((spelled(user) for user in node.users if user in cone.nodes), "the attention")
             raise Mixes(f"{reader!r} meets a tensor with tokens of its own")
         if not cone.sources:
             raise Mixes("the tokens are not on the third axis")
@@ -217,42 +226,33 @@ class TokenRows:
         return ""
 
 
-def first_computed_from(sources: list[Node], sites: list[AttentionSite]) -> AttentionSite | None:
-    """Return the first attention that the sources flow into, if its keys and values are computed from them by token."""
-    rows = TokenRows(sources)
-    site = next((s for s in sites if not rows.reached.isdisjoint({s.query, s.key, s.value})), None)
-    if site is None or rows.differs((site.key, site.value)):
-        return None
-    return site
-
-
 def _check_writes(node: Node) -> None:
     """Refuse tensors that are written to, but for empty ones that are filled by copies into parts of them."""
-    above = [x for x in args_of(node)[:1] if isinstance(x, Node)]
-    filled = [x for x in (node, *above) if op_name(x) in FRESH]
+    above = [x for x in node.args[:1] if isinstance(x, Node)]
+    filled = [x for x in (node, *above) if is_op(x, *FRESH)]
     parts = [user for base in filled for user in base.users]
     others = [part for part in parts if changed_in_place(part) and not _writes_to(part)]
-    direct = any(writes(user) for base in filled for user in base.users)
-    inputs = [x for x in node.all_input_nodes if holds_tensors(x) and op_name(x) not in FRESH]
-    if op_name(node) == "copy_":
-        inputs.remove(args_of(node)[0])
-    written = [x for x in (node, *inputs) if x not in filled and op_name(x) != "copy_" and changed_in_place(x)]
-    if others or direct or (written and not filled):
-        raise Mixes(f"the result of {op_name((written or [node])[0])!r} is changed in place")
+    direct = any(base in written(user) for base in filled for user in base.users)
+    inputs = [x for x in node.all_input_nodes if holds_tensors(x) and not is_op(x, *FRESH)]
+    if is_op(node, "copy_"):
+        inputs.remove(arguments(node)["input"])
+    changed = [x for x in (node, *inputs) if x not in filled and not is_op(x, "copy_") and changed_in_place(x)]
+    if others or direct or (changed and not filled):
+        raise Mixes(f"the result of {spelled((changed or [node])[0])!r} is changed in place")
 
 
 def _writes_to(view: Node) -> list[Node]:
-    return [user for user in view.users if op_name(user) == "copy_" and args_of(user)[0] is view]
+    return [user for user in view.users if is_op(user, "copy_") and user.args[0] is view]
 
 
 def _base_view(copy: Node) -> Node:
-    return args_of(copy)[0]
+    return arguments(copy)["input"]
 
 
 def _filled(copy: Node) -> Node | None:
     """Return the empty tensor that a copy fills a part of."""
-    above = args_of(_base_view(copy))[:1]
-    return above[0] if above and isinstance(above[0], Node) and op_name(above[0]) in FRESH else None
+    above = _base_view(copy).args[:1]
+    return above[0] if above and isinstance(above[0], Node) and is_op(above[0], *FRESH) else None
 
 
 def _through_view(view: Node, base: Node, axes: Axes) -> Axes:

@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.graph import arguments, erase_unread, example, insert_call, op_name
-from zipvl_compile.passes.match.attention_site import changed_in_place, same_shape
-from zipvl_compile.passes.tokenwise.axis_rules import RESHAPES, Mixes, axis_below, carried, holds_tensors
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace
+from zipvl_compile.passes.graph.op_traits import Zeros
+from zipvl_compile.passes.graph.reading import (
+    arguments,
+    changed_in_place,
+    example,
+    holds_tensors,
+    is_op,
+    of,
+    same_shape,
+    spelled,
+)
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes, axis_below, carried
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, copy_for_rows, multiplies, reads_size
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, size
-
-_ZERO_TO_ZERO = (
-    *RESHAPES, "to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach",
-    "neg", "abs", "silu", "relu", "tanh", "gelu", "dropout", "expand", "split", "chunk", "unbind", "getitem",
-    "transpose", "swapaxes", "permute", "repeat_interleave", "mean", "sum", "rms_norm", "matmul", "mm",
-)  # fmt: skip
 
 
 @dataclass
@@ -94,7 +98,7 @@ class Below:
                 if (residual := _added_to(user, node)) is not None:
                     taken = {residual: rows.take(residual, axes, user), node: kept}
                     total = insert_call(user, torch.add, tuple(taken[x] for x in user.all_input_nodes))
-                    user.replace_all_uses_with(rows.put(total, axes, residual, user))
+                    replace(user, rows.put(total, axes, residual, user))
                     erase_unread([user])
         users = [user for user in node.users if user not in self.nodes]
         if not users:
@@ -114,7 +118,7 @@ def _added_to(user: Node, node: Node) -> Node | None:
 
     It then gets the sums in its few rows; adding a tensor of zeros would read and write all the others once more.
     """
-    if op_name(user) != "add" or len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
+    if not is_op(user, "add") or len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
         return None
     (other,) = (x for x in user.all_input_nodes if x is not node)
     values = [example(x) for x in (user, node, other)]
@@ -151,7 +155,7 @@ def _remove(below: Below, node: Node) -> None:
 def _add(below: Below, node: Node) -> None:
     given = {x: below.nodes[x] for x in node.all_input_nodes if x in below.nodes}
     if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
-        raise Mixes(f"the result of {op_name(node)!r} is changed in place")
+        raise Mixes(f"the result of {spelled(node)!r} is changed in place")
     token = axis_below(node, {x: axes.token for x, axes in given.items()})
     batch, samples = None, {}
     if below.nodes[below.start].batch is not None:
@@ -162,8 +166,8 @@ def _add(below: Below, node: Node) -> None:
     if others:
         alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))
         known = {x: a for given in below.others.values() for x, a in given.items()}
-        if op_name(node) != "mul" or not zero or not alike or any(known.get(x, a) != a for x, a in others.items()):
-            raise Mixes(f"{op_name(node)!r} meets a tensor with tokens of its own")
+        if not is_op(node, "mul") or not zero or not alike or any(known.get(x, a) != a for x, a in others.items()):
+            raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
         below.others[node] = others
     below.nodes[node] = Axes(token, batch)
     if zero:
@@ -172,25 +176,21 @@ def _add(below: Below, node: Node) -> None:
 
 def _stays_zero(node: Node, zeros: set[Node], given: set[Node]) -> bool:
     """Return whether a row of zeros in the inputs `zeros` of the inputs `given` makes a row of zeros."""
-    name = op_name(node)
-    if name == "mul":
+    op = of(node)
+    rule = Zeros.NEVER if op is None else op.zeros
+    if rule is Zeros.ANY:
         return bool(zeros)
-    if zeros != given:
+    if rule is Zeros.NEVER or zeros != given:
         return False
-    if name == "linear":
-        return arguments(node, "input", "weight", "bias").get("bias") is None
-    if name == "layer_norm":
-        return arguments(node, "input", "shape", "weight", "bias").get("bias") is None
-    if name == "truediv":
-        return node.args[0] in zeros and node.args[1] not in zeros
-    if name == "pow":
-        power = node.args[1]
+    named = arguments(node)
+    if rule is Zeros.NO_BIAS:
+        return named.get("bias") is None
+    if rule is Zeros.NUMERATOR:
+        return named["input"] in zeros and named["other"] not in zeros and named.get("rounding_mode") is None
+    if rule is Zeros.POWER:
+        power = named["exponent"]
         return isinstance(power, (int, float)) and power > 0
-    if name in ("add", "sub", "cat"):
-        return all(x in zeros for x in _leaves(node)) and not node.kwargs.get("alpha")
-    return name in _ZERO_TO_ZERO
-
-
-def _leaves(node: Node) -> list:
-    first = node.args[0] if op_name(node) == "cat" else node.args
-    return list(first)  # type: ignore[call-overload, arg-type]
+    if rule is Zeros.EVERY_TERM:
+        terms = named["tensors"] if "tensors" in named else (named["input"], named["other"])
+        return all(x in zeros for x in terms) and not named.get("alpha")
+    return True

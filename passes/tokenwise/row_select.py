@@ -15,7 +15,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import example, insert_call
+from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.tokenwise.backward_slice import Axes
 
 _ALL = slice(None)

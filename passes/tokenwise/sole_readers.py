@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.graph.graph import args_of, op_name
-from zipvl_compile.passes.match.attention_site import changed_in_place
-from zipvl_compile.passes.tokenwise import backward_slice as token_rows
-from zipvl_compile.passes.tokenwise.axis_rules import RESHAPES, Mixes
+from zipvl_compile.passes.graph.private import ENTER_AUTOCAST, EXIT_AUTOCAST
+from zipvl_compile.passes.graph.reading import changed_in_place, spelled
+from zipvl_compile.passes.tokenwise import backward_slice
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone, multiplies, reads_size
 from zipvl_compile.passes.tokenwise.split_projections import split_above
-
-_AUTOCAST = ("_enter_autocast", "_exit_autocast")
-_MAY_BE_VIEWS = (
-    *RESHAPES, "getitem", "expand", "transpose", "swapaxes", "permute", "split", "chunk", "unbind", "narrow", "detach",
-    "to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "dropout",
-)  # fmt: skip
 
 
 def computed_only_for(x: Node, axes: Axes, readers: set[Node]) -> Cone:
@@ -30,22 +24,22 @@ def computed_only_for(x: Node, axes: Axes, readers: set[Node]) -> Cone:
     """
     others = [user for user in x.users if user not in readers and not reads_size(user)]
     if others:
-        raise Mixes(f"read by {op_name(others[0])!r} as well")
+        raise Mixes(f"read by {spelled(others[0])!r} as well")
     graph, autocast = x.graph, under_autocast(x.graph)
 
     def shared(node: Node, cone: Cone) -> bool:
         users = [user for user in node.users if user not in cone.nodes and not reads_size(user)]
         return node in autocast or (node is not x and bool(users))
 
-    cone = token_rows.find(graph, {x: axes}, shared)
+    cone = backward_slice.find(graph, {x: axes}, shared)
     if not any(map(multiplies, cone.nodes)) and split_above(cone):
-        cone = token_rows.find(graph, {x: axes}, shared)
+        cone = backward_slice.find(graph, {x: axes}, shared)
     if not any(map(multiplies, cone.nodes)):
         stops = [cone.stops[node] for node in sorted(cone.stops, reverse=True)]
         raise Mixes(stops[0] if stops else "its projection gives other tensors, too")
     for source in cone.sources:
-        if _written(source):
-            raise Mixes(f"the result of {op_name(source)!r} is changed in place")
+        if changed_in_place(source):
+            raise Mixes(f"the result of {spelled(source)!r} is changed in place")
     return cone
 
 
@@ -53,16 +47,7 @@ def under_autocast(graph: Graph) -> set[Node]:
     """Return the nodes inside `with torch.autocast(...)`: moved out of it they would compute in another dtype."""
     inside, depth = set(), 0
     for node in graph.nodes:
-        depth += (op_name(node) == _AUTOCAST[0]) - (op_name(node) == _AUTOCAST[1])
+        depth += (node.target is ENTER_AUTOCAST) - (node.target is EXIT_AUTOCAST)
         if depth:
             inside.add(node)
     return inside
-
-
-def _written(node: Node) -> bool:
-    """Return whether the graph writes into a tensor, or into one that it may be a view of."""
-    while not changed_in_place(node):
-        if node.op == "placeholder" or op_name(node) not in _MAY_BE_VIEWS:
-            return False
-        node = args_of(node)[0]
-    return True

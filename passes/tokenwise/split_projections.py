@@ -17,8 +17,8 @@ import operator
 import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.graph import args_of, arguments, erase_unread, example, insert_call, op_name
-from zipvl_compile.passes.match.attention_site import changed_in_place
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace
+from zipvl_compile.passes.graph.reading import arguments, changed_in_place, example, is_op
 from zipvl_compile.passes.tokenwise.axis_rules import every_axis
 from zipvl_compile.passes.tokenwise.backward_slice import Cone
 
@@ -34,9 +34,9 @@ def split_above(cone: Cone) -> bool:
 
 def _projection(node: Node) -> Node | None:
     """Return the linear map that `node` is, or is cut from."""
-    while op_name(node) in ("split", "chunk", "getitem") and node.op != "placeholder":
-        node = args_of(node)[0]
-    return node if op_name(node) == "linear" else None
+    while is_op(node, "split", "chunk", "getitem"):
+        node = arguments(node)["input"]
+    return node if is_op(node, "linear") else None
 
 
 def split(projection: Node) -> bool:
@@ -44,7 +44,7 @@ def split(projection: Node) -> bool:
     found = pieces(projection)
     if len(found) < 2 or changed_in_place(projection) or any(changed_in_place(piece) for piece, _, _ in found):
         return False
-    given = arguments(projection, "input", "weight", "bias")
+    given = arguments(projection)
     readers = list(projection.users)
     for piece, start, stop in found:
         rows = (slice(start, stop),)
@@ -52,7 +52,7 @@ def split(projection: Node) -> bool:
         bias = given.get("bias")
         bias = None if bias is None else insert_call(projection, operator.getitem, (bias, rows))
         new = insert_call(projection, torch.nn.functional.linear, (given["input"], weight, bias))
-        piece.replace_all_uses_with(new)
+        replace(piece, new)
     erase_unread([*(piece for piece, _, _ in found), *readers, projection])
     return True
 
@@ -61,7 +61,7 @@ def pieces(projection: Node) -> list[Piece]:
     """Return what reads a projection, as slices of its features; nothing if anything reads it otherwise."""
     width, found = example(projection).shape[-1], []
     for user in projection.users:
-        cut = _cut(user) if op_name(user) in ("split", "chunk") else _slice(user, width)
+        cut = _cut(user) if is_op(user, "split", "chunk") else _slice(user, width)
         if cut is None:
             return []
         found += cut
@@ -69,22 +69,21 @@ def pieces(projection: Node) -> list[Piece]:
 
 
 def _cut(user: Node) -> list[Piece] | None:
-    given = arguments(user, "input", "sizes", "dim")
-    parts = example(user)
+    given, parts = arguments(user), example(user)
     if given.get("dim", 0) % parts[0].dim() != parts[0].dim() - 1:
         return None
     stops = [sum(part.shape[-1] for part in parts[: i + 1]) for i in range(len(parts))]
-    if not all(op_name(piece) == "getitem" and isinstance(args_of(piece)[1], int) for piece in user.users):
+    if not all(is_op(piece, "getitem") and isinstance(arguments(piece)["index"], int) for piece in user.users):
         return None
-    numbers = [(piece, args_of(piece)[1] % len(parts)) for piece in user.users]
+    numbers = [(piece, arguments(piece)["index"] % len(parts)) for piece in user.users]
     return [(piece, stops[i] - parts[i].shape[-1], stops[i]) for piece, i in numbers]
 
 
 def _slice(user: Node, width: int) -> list[Piece] | None:
-    index = args_of(user)[1] if op_name(user) == "getitem" else None
+    index = arguments(user)["index"] if is_op(user, "getitem") else None
     if not isinstance(index, tuple) or not all(i is Ellipsis or isinstance(i, slice) for i in index):
         return None
-    *others, last = every_axis(index, example(args_of(user)[0]).dim())
+    *others, last = every_axis(index, example(user.args[0]).dim())
     if any(i != slice(None) for i in others) or any(isinstance(x, Node) for x in (last.start, last.stop, last.step)):
         return None
     start, stop, step = last.indices(width)

@@ -8,6 +8,7 @@ from support.quiet import one_thread_without_gradients  # noqa: F401
 from support.recording import SELECTION, Recorder
 
 from zipvl_compile.kernels.probe_rows import probe_rows
+from zipvl_compile.passes.settings import Settings
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +28,8 @@ def record():
     """Return `record(module, *inputs, ...)`: compile, run once, return the output and the recorder."""
     torch._dynamo.reset()
 
-    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, prune=False, **selection):
-        recorder = Recorder(SELECTION | selection if passes else None, inner, prune)
+    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, prune=False, rows=None, **changed):
+        recorder = Recorder(Settings(**SELECTION | changed) if passes else None, inner, prune, rows)
         recorder.compiled = torch.compile(module, backend=recorder, dynamic=dynamic)
         return recorder.compiled(*inputs), recorder
 
@@ -41,13 +42,13 @@ def by_the_paper(paper):
     """Return `by_the_paper(q, k, v, ...)`: output and kept positions in float64, for the selection of `record`."""
 
     def compute(q, k, v, *, mask=None, is_causal=True, scale=None, softcap=None, **changed):
-        chosen = SELECTION | changed
-        rows = probe_rows(q.shape[2], chosen["recent"], chosen["random"], chosen["seed"])
+        chosen = Settings(**SELECTION | changed)
+        rows = probe_rows(q.shape[2], chosen.recent_probes, chosen.random_probes, chosen.seed)
         look = {"mask": mask, "is_causal": is_causal, "scale": scale, "softcap": softcap}
         scores, visible = paper.scores(q, k, rows, **look)
         kept = paper.selection(
-            scores, visible, tau=chosen["tau"], keep_ratio=chosen["keep_ratio"], keep_recent=chosen["keep_recent"]
+            scores, visible, tau=chosen.tau, keep_ratio=chosen.keep_ratio, keep_recent=chosen.keep_recent
         )
-        return paper.attention(q, k, v, kept, all_queries=chosen["all_queries"], **look), kept
+        return paper.attention(q, k, v, kept, all_queries=chosen.queries == "all", **look), kept
 
     return compute

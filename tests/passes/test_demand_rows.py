@@ -41,13 +41,13 @@ def test_the_last_layer_computes_the_rows_that_are_read(record, form, batch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
     graph, recorder = both(
-        record, Stack(READS["slice"][0]), hidden_states(batch=batch), recent=0, random=PROBES, **RATIO
+        record, Stack(READS["slice"][0]), hidden_states(batch=batch), recent_probes=0, random_probes=PROBES, **RATIO
     )
     assert not recorder.demands[0].reason
     assert widths(graph)["q"] == [PROBES, P, PROBES, 1]
 
 
-@pytest.mark.parametrize("options", [{}, {"all_queries": True}, {"drop": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"queries": "all"}, {"evict": "keep"}], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_number_of_tokens_that_depends_on_data(record, batch, dynamic, options):

@@ -6,6 +6,8 @@ from torch.fx import Graph, GraphModule
 from zipvl_compile.kernels import token_scores as _score  # noqa: F401  (registers the operators)
 from zipvl_compile.passes import choose_kernels, fuse_gathers
 from zipvl_compile.passes.graph.graph import calls
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
 
 ops = torch.ops.zipvl
 K, V = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 6)
@@ -41,7 +43,7 @@ def used(outputs):
 def fused(write):
     module = graph_of(write)
     expected = used(module(K, V, WHERE))
-    fuse_gathers.apply(module.graph)
+    fuse_gathers.apply(module.graph, Sites(), Settings())
     module.graph.lint()
     module.recompile()
     for got, want in zip(used(module(K, V, WHERE)), expected, strict=True):
@@ -79,9 +81,9 @@ def test_the_choice_of_kernels_reaches_every_operator_that_has_one():
         return gather(graph, k, positions), gather(graph, v, marker)
 
     module = graph_of(write)
-    choose_kernels.apply(module.graph, "torch")
+    choose_kernels.apply(module.graph, Sites(), Settings(kernel="torch"))
     module.recompile()
     assert [node.kwargs for node in module.graph.nodes if node.op == "call_function"] == [
-        {}, {"use": "torch"}, {"use": "torch"},
+        {}, {"kernel": "torch"}, {"kernel": "torch"},
     ]  # fmt: skip
     assert used(module(K, V, WHERE))[0].shape == (1, 2, 3, 4)

@@ -13,7 +13,7 @@ N = 20
 
 
 def run(module, x, inner="eager", dynamic=False):
-    return rewritten(module, x, passes=[keep_every_token], inner=inner, dynamic=dynamic)
+    return rewritten(module, x, passes=["keep_every_token"], inner=inner, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -59,18 +59,18 @@ def prefill(expansion):
 EXPANSIONS = pytest.mark.parametrize("expansion", [expand, expand_by_cat], ids=lambda f: f.__name__)
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
+@pytest.mark.parametrize("evict", ["drop", "keep"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @EXPANSIONS
-def test_prefill_attends_and_caches_the_kept_tokens(record, by_the_paper, expansion, dynamic, drop):
+def test_prefill_attends_and_caches_the_kept_tokens(record, by_the_paper, expansion, dynamic, evict):
     q, latent, rope = latents(20)
     module = Packed(Wrapped(prefill(expansion)), q, latent, rope)
-    (out, kept_latents, kept_rope, kept), recorder = record(module, pack(q, latent, rope), dynamic=dynamic, drop=drop)
+    (out, kept_latents, kept_rope, kept), recorder = record(module, pack(q, latent, rope), dynamic=dynamic, evict=evict)
     assert outcomes(recorder) == [("prefill", "")]
     exact, positions = by_the_paper(q, *expand(latent, rope))
     assert positions.shape[2] < 20
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
-    if drop:
+    if evict == "drop":
         p = positions.shape[2]
         assert np.array_equal(kept.numpy(), positions) and kept_latents.shape == (2, 1, p + SPARE, RANK)
         for compact, full in ((kept_latents, latent), (kept_rope, rope)):

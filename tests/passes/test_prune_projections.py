@@ -185,13 +185,13 @@ def test_hidden_states_that_are_written_to_later(record, shared):
 
 
 def test_every_query_attends(record):
-    graph, recorder = both(record, layer(), hidden_states(), all_queries=True, **RATIO)
+    graph, recorder = both(record, layer(), hidden_states(), queries="all", **RATIO)
     assert reasons(recorder) == {"q": "every query attends", "output": "every query attends"}
     assert widths(graph) == {"q": [N], "k": [N], "v": [P], "o": [N], "up": [N]}
 
 
 def test_a_full_cache_needs_every_value(record):
-    graph, recorder = both(record, layer(), hidden_states(), drop=False, **RATIO)
+    graph, recorder = both(record, layer(), hidden_states(), evict="keep", **RATIO)
     assert reasons(recorder) == {"v": "read by 'gather_tokens' as well"}
     assert widths(graph)["v"] == [N] and widths(graph)["o"] == [P]
 

@@ -91,7 +91,7 @@ def test_drawn_graph(record, modules, by_the_paper, paper, data):
     look = {"mask": full, "is_causal": False, "scale": scale, "softcap": softcap}
     _, positions = by_the_paper(*doubles, tau=tau, **look)
     note(f"kept {kept.tolist()}, the paper {positions.tolist()}")
-    rows = probe_rows(n, SELECTION["recent"], SELECTION["random"], SELECTION["seed"])
+    rows = probe_rows(n, SELECTION["recent_probes"], SELECTION["random_probes"], SELECTION["seed"])
     scores, times_seen = paper.scores(*doubles[:2], rows, **look)
     normalised = scores[:, 0] / np.maximum(times_seen, 1)
     if dtype == torch.float64:

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graph_modules import REPEATS, Wrapped
+from support.recording import Noted
 from torch import nn
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
-from zipvl_compile.passes.match.outcome import SiteOutcome
 
 ops = torch.ops.zipvl
 PROMPT, KEPT = 20, torch.tensor([[[0, 3, 4, 11, 19]], [[1, 2, 7, 8, 19]]])
@@ -33,7 +33,7 @@ def situation(modules, m=1, kept=KEPT, kv_heads=2, capacity=30):
 
 
 def outcomes(recorder, graph=0):
-    return [(site.kind, site.reason) for site in recorder.reports[graph]["read_compact_cache"]]
+    return [(one.kind, one.reason) for one in recorder.noted("decode", graph)]
 
 
 def padding(m, n, heads=1):
@@ -50,8 +50,8 @@ def test_one_site_in_every_head_form(record, modules, paper, form, m, masked):
     n = PROMPT + m
     mask = padding(m, n) if masked else None
     out, recorder = record(modules.Decode(PROMPT, n, form, scale=0.4), *inputs, mask)
-    assert recorder.reports[0]["read_compact_cache"] == [SiteOutcome(NAME, "decode", "")]
-    assert recorder.reports[0]["sparsify_prefill"] == recorder.reports[0]["leave_dense"] == []
+    assert recorder.noted("decode") == [Noted(NAME, "decode")]
+    assert recorder.noted("prefill") == recorder.noted("others") == []
     assert recorder.added[0] == ADDED
     assert recorder.erased[0] == ERASED + REPEATS[form], "append_tokens has no users and must stay"
     exact = paper.decode(inputs[0], k, v, KEPT, PROMPT, mask=mask, scale=0.4)
@@ -148,7 +148,7 @@ def test_several_attentions_of_one_cache_are_each_rewritten(record, modules, pap
     (first, second), recorder = record(Wrapped(shared), *inputs)
     assert outcomes(recorder) == [("decode", "")] * 2
     assert recorder.added[0] == ADDED + ADDED
-    assert recorder.erased[0]["zipvl.kv_view"] == 2 and recorder.reports[0]["leave_dense"] == []
+    assert recorder.erased[0]["zipvl.kv_view"] == 2 and recorder.noted("others") == []
     for out, q in ((first, inputs[0]), (second, inputs[0] * 2)):
         np.testing.assert_allclose(out.numpy(), paper.decode(q, k, v, KEPT, PROMPT), rtol=1e-12, atol=1e-12)
 
@@ -190,7 +190,7 @@ def test_near_miss_keeps_the_view_and_gives_its_reason(record, modules, near_mis
     out, recorder = record(module, inputs[0], *full, EVERY)
     assert outcomes(recorder) == [("decode", REFUSED[near_miss])]
     assert not recorder.added[0] and not recorder.erased[0]
-    assert recorder.reports[0]["leave_dense"] == [], "one attention, one line in the report"
+    assert recorder.noted("others") == [], "one attention, one line in the report"
     if near_miss is not dropout:
         options = {"is_causal": True} if near_miss is causal_flag else {}
         dense = modules.attend(inputs[0], k, v, **options)
@@ -242,7 +242,7 @@ def test_other_near_misses_are_no_decode_sites(record, modules, near_miss):
     expected = module(inputs[0], *full, EVERY)
     out, recorder = record(module, inputs[0], *full, EVERY)
     assert outcomes(recorder) == [] and not recorder.added[0] and not recorder.erased[0]
-    assert recorder.reports[0]["leave_dense"], "but the report names it"
+    assert recorder.noted("others"), "but the report names it"
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graph_modules import REPEATS, Wrapped
+from support.recording import Noted
 from torch import nn
-
-from zipvl_compile.passes.match.outcome import SiteOutcome
 
 ops = torch.ops.zipvl
 NAME = "(scaled_dot_product_attention)"
@@ -27,7 +26,7 @@ SDPA = Counter({"scaled_dot_product_attention": 1})
 
 
 def outcomes(recorder, graph=0):
-    return [(site.kind, site.reason) for site in recorder.reports[graph]["sparsify_prefill"]]
+    return [(one.kind, one.reason) for one in recorder.noted("prefill", graph)]
 
 
 def assert_untouched(recorder, reason, graph=0):
@@ -46,7 +45,7 @@ def padded(batch, n):
 def test_one_site_in_every_head_form(record, modules, by_the_paper, form):
     q, k, v = modules.qkv(kv_heads=4 if form == "plain" else 2)
     (out, keys, values, kept), recorder = record(modules.Prefill(form, is_causal=True), q, k, v)
-    assert recorder.reports[0]["sparsify_prefill"] == [SiteOutcome(NAME, "prefill", "")]
+    assert recorder.noted("prefill") == [Noted(NAME, "prefill")]
     assert recorder.added[0] == ADDED
     assert recorder.erased[0] == CACHE + SDPA + REPEATS[form]
     exact, positions = by_the_paper(q, k, v)
@@ -76,9 +75,9 @@ def test_tau_1_changes_nothing_but_the_graph(record, modules, form, masked):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("mask", ["none", "padding", "padding-per-head", "additive", "broadcast-batch"])
-def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, all_queries, dynamic):
+def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, queries, dynamic):
     q, k, v = modules.qkv(seed=1)
     given = {
         "none": None,
@@ -88,15 +87,17 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
         "broadcast-batch": padded(2, 20)[:1],
     }[mask]
     module = modules.Packed(modules.Prefill(is_causal=given is None, scale=0.5), q, k, v)
-    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, all_queries=all_queries)
+    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, queries=queries)
     assert recorder.added[0] == ADDED
-    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, all_queries=all_queries)
+    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, queries=queries)
     assert np.array_equal(kept.numpy(), positions)
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"tau": 0.5}, {"keep_ratio": 0.3}, {"keep_recent": 7}, {"recent": 3, "random": 2, "seed": 9}], ids=str
+    "changed",
+    [{"tau": 0.5}, {"keep_ratio": 0.3}, {"keep_recent": 7}, {"recent_probes": 3, "random_probes": 2, "seed": 9}],
+    ids=str,
 )
 def test_every_selection_option_reaches_the_operators(record, modules, by_the_paper, changed):
     q, k, v = modules.qkv(seed=2)
@@ -111,7 +112,7 @@ def test_every_selection_option_reaches_the_operators(record, modules, by_the_pa
 @pytest.mark.parametrize("form", REPEATS)
 def test_evict_keep_leaves_the_cache_full_and_the_attention_sparse(record, modules, by_the_paper, form):
     q, k, v = modules.qkv(kv_heads=4 if form == "plain" else 2)
-    (out, keys, values, kept), recorder = record(modules.Prefill(form, is_causal=True), q, k, v, drop=False)
+    (out, keys, values, kept), recorder = record(modules.Prefill(form, is_causal=True), q, k, v, evict="keep")
     assert recorder.added[0] == ADDED
     assert recorder.erased[0] == SDPA + REPEATS[form], "the cache's own nodes stay"
     exact, positions = by_the_paper(q, k, v)
@@ -119,7 +120,7 @@ def test_evict_keep_leaves_the_cache_full_and_the_attention_sparse(record, modul
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
     assert torch.equal(keys[:, :, :20], k) and torch.equal(values[:, :, :20], v)
     assert kept.tolist() == [[list(range(20))]] * 2
-    assert recorder.reports[0]["leave_dense"] == []
+    assert recorder.noted("others") == []
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
@@ -140,17 +141,17 @@ def test_head_dim_may_be_symbolic(record, modules, by_the_paper):
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
+@pytest.mark.parametrize("evict", ["drop", "keep"])
 @pytest.mark.parametrize("form", ["enable_gqa", "expand"])
-def test_every_layer_of_a_decoder_is_named_and_chooses_its_own_tokens(record, modules, by_the_paper, form, drop):
+def test_every_layer_of_a_decoder_is_named_and_chooses_its_own_tokens(record, modules, by_the_paper, form, evict):
     torch.manual_seed(0)
     model = modules.Decoder(form).double().eval()
     x = torch.randn(2, 20, 16, dtype=torch.float64)
-    (out, caches), recorder = record(model, x, drop=drop)
-    sites = recorder.reports[0]["sparsify_prefill"]
-    assert sites == [SiteOutcome(f"layers.{i}", "prefill", "") for i in range(3)]
+    (out, caches), recorder = record(model, x, evict=evict)
+    sites = recorder.noted("prefill")
+    assert sites == [Noted(f"layers.{i}", "prefill") for i in range(3)]
     assert recorder.added[0] == Counter({name: 3 * count for name, count in ADDED.items()})
-    assert recorder.reports[0]["leave_dense"] == []
+    assert recorder.noted("others") == []
     hidden, lengths = x, []
     for layer, (keys, _, kept) in zip(model.layers, caches, strict=True):
         q, k, v = (
@@ -159,9 +160,9 @@ def test_every_layer_of_a_decoder_is_named_and_chooses_its_own_tokens(record, mo
         )
         exact, positions = by_the_paper(q * layer.peak, k, v)
         lengths.append(positions.shape[2])
-        if drop:
+        if evict == "drop":
             assert np.array_equal(kept.numpy(), positions)
-        assert keys.shape[2] == (positions.shape[2] if drop else 20) + modules.SPARE
+        assert keys.shape[2] == (positions.shape[2] if evict == "drop" else 20) + modules.SPARE
         hidden = hidden + layer.o(torch.from_numpy(exact).transpose(1, 2).flatten(2))
     assert len(set(lengths)) > 1, "the case must need different counts"
     torch.testing.assert_close(out, hidden, rtol=1e-11, atol=1e-11)
@@ -172,7 +173,7 @@ def test_tau_1_through_a_whole_decoder(record, modules):
     model = modules.Decoder("expand").double().eval()
     x = torch.randn(2, 20, 16, dtype=torch.float64)
     (out, _), recorder = record(model, x, tau=1.0)
-    assert len(recorder.reports[0]["sparsify_prefill"]) == 3
+    assert len(recorder.noted("prefill")) == 3
     torch.testing.assert_close(out, model(x)[0], rtol=1e-12, atol=1e-12)
 
 
@@ -225,7 +226,7 @@ def test_one_query_is_not_a_sign_of_decode(record, modules):
     q, k, v = modules.qkv()
     _, recorder = record(modules.Prefill(), q[:, :, -1:], k, v)
     assert_untouched(recorder, "1 queries over 20 keys: not the prefill of a whole prompt")
-    assert recorder.reports[0]["read_compact_cache"] == []
+    assert recorder.noted("decode") == []
 
 
 def test_broadcast_batch_of_keys_stays_dense(record, modules):
@@ -278,18 +279,18 @@ class SharedKV(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
-def test_attentions_that_share_a_cache_share_its_kept_tokens(record, modules, by_the_paper, paper, drop, dynamic):
+@pytest.mark.parametrize("evict", ["drop", "keep"])
+def test_attentions_that_share_a_cache_share_its_kept_tokens(record, modules, by_the_paper, paper, evict, dynamic):
     q, k, v = modules.qkv()
     module = modules.Packed(SharedKV(modules, is_causal=True), q, k, v)
-    (first, second, keys, _, kept), recorder = record(module, modules.pack(q, k, v), dynamic=dynamic, drop=drop)
+    (first, second, keys, _, kept), recorder = record(module, modules.pack(q, k, v), dynamic=dynamic, evict=evict)
     assert outcomes(recorder) == [("prefill", "")] * 2
     exact, positions = by_the_paper(q, k, v)
     assert positions.shape[2] < 20
     np.testing.assert_allclose(first.numpy(), exact, rtol=1e-12, atol=1e-12)
     exact = paper.attention(q * 2, k, v, positions, all_queries=False, mask=None, is_causal=True, scale=None)
     np.testing.assert_allclose(second.numpy(), exact, rtol=1e-12, atol=1e-12)
-    if drop:
+    if evict == "drop":
         assert np.array_equal(kept.numpy(), positions) and keys.shape[2] == positions.shape[2] + modules.SPARE
     else:
         assert kept.shape[2] == 20 and torch.equal(keys[:, :, :20], k)

@@ -8,7 +8,7 @@ from support.graph_modules import rewritten
 from support.hidden_states import Stack, hidden_states
 from support.mask_cases import CASES, PADDING
 
-from zipvl_compile.passes import demand_rows, unmask_dense
+from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls, example
 
 ops = torch.ops.zipvl
@@ -47,7 +47,7 @@ def short_prompts(monkeypatch):
 
 
 def run(module, *inputs, before=(), inner="eager", dynamic=False):
-    return rewritten(module, *inputs, passes=[*before, unmask_dense], inner=inner, dynamic=dynamic)
+    return rewritten(module, *inputs, passes=[*before, "unmask_dense"], inner=inner, dynamic=dynamic)
 
 
 def check(module, padding, x, **options):
@@ -122,7 +122,7 @@ def test_layers_share_one_look_at_the_padding_and_the_last_row_stays_narrow():
             return self.stack(x, CASES["tril-and"][0](padding, x))
 
     module, x = Model(), hidden_states(N, batch=2)
-    graph, outputs = run(module, PADDING, x, before=[demand_rows])
+    graph, outputs = run(module, PADDING, x, before=["demand_rows"])
     assert len(calls(graph, ops.hiding_rows)) == 1 and len(calls(graph, ops.sparse_attention)) == 2
     with torch.no_grad():
         torch.testing.assert_close(outputs[0], module(PADDING, x)[0], rtol=1e-12, atol=1e-12)

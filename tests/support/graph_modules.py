@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from zipvl_compile.backend import _allow_data_dependent_sizes
-from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import kv_view as _view  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.settings import Settings
+from zipvl_compile.pipeline import PIPELINE, rewrite
 
-ops = torch.ops.zipvl
 SPARE = 4
 FORMS = ("enable_gqa", "expand", "expand-view", "interleave", "torch-interleave", "plain")
 
@@ -157,14 +156,14 @@ class Wrapped(nn.Module):
 
 
 def rewritten(module, *inputs, passes, inner="eager", dynamic=False):
-    """Return the graph after the passes, and what it gives, compiled by `inner`."""
+    """Return the graph after the passes, given by name, and what it gives, compiled by `inner`."""
     graphs = []
 
     def backend(gm, inputs):
         _allow_data_dependent_sizes(gm)
-        for one in passes:
-            one.apply(gm.graph)
-        gm.graph.lint()
+        rows = {row.name: row for row in PIPELINE}
+        done = rewrite(gm.graph, Settings(), tuple(rows[name] for name in passes))
+        assert not done.faults, done.faults
         gm.recompile()
         graphs.append(gm.graph)
         return torch._dynamo.lookup_backend(inner)(gm, inputs)

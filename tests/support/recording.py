@@ -1,6 +1,7 @@
 """A backend that runs passes over a Dynamo graph, records what changed, and executes it node by node."""
 
 import dataclasses
+import functools
 from collections import Counter
 
 import sympy
@@ -8,20 +9,24 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zipvl_compile.passes import demand_rows, prune_projections, read_compact_cache, sparsify_prefill
-from zipvl_compile.passes.match import left_dense as leave_dense
+from zipvl_compile.pipeline import rewrite, without
 
-SELECTION = {
-    "tau": 0.8,
-    "keep_ratio": None,
-    "recent": 6,
-    "random": 6,
-    "seed": 3,
-    "keep_recent": 1,
-    "all_queries": False,
-    "drop": True,
-    "min_tokens": 0,
-}
+SELECTION = {"tau": 0.8, "recent_probes": 6, "random_probes": 6, "seed": 3, "min_tokens": 0}
+# The rest of the pipeline changes neither what is computed nor which attention reads it.
+LATER = ("unmask_dense", "keep_every_token", "fuse_gathers", "choose_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """What a site's outcome says: its layer, its kind, and why it stays dense, or an empty string."""
+
+    layer: str
+    kind: str
+    reason: str = ""
+
+    @property
+    def rewritten(self):
+        return not self.reason
 
 
 def _name(node):
@@ -84,10 +89,25 @@ class CheckedRun(torch.fx.Interpreter):
 class Recorder:
     """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked."""
 
-    def __init__(self, selection, inner, prune):
-        self.selection, self.inner, self.prune = selection, inner, prune
-        self.pruned, self.demands = [], []
-        self.reports, self.graphs, self.erased, self.added = [], [], [], []
+    def __init__(self, settings, inner, prune, passes=None):
+        self.settings, self.inner = settings, inner
+        self.passes = passes or without(*LATER, *(() if prune else ("demand_rows", "prune_projections")))
+        self.sites, self.graphs, self.erased, self.added, self.faults = [], [], [], [], []
+
+    @property
+    def pruned(self):
+        return [pruning for sites in self.sites for pruning in sites.pruned]
+
+    @property
+    def demands(self):
+        return [demand for sites in self.sites for demand in sites.demands]
+
+    def noted(self, which="outcomes", graph=0):
+        """Return the outcomes of all sites of a graph, or of its "prefill", "decode" or "others" only."""
+        sites = self.sites[graph]
+        found = sites.outcomes if which == "outcomes" else [site.outcome for site in getattr(sites, which)]
+        found += sites.unread if which == "others" else []
+        return [Noted(one.layer, one.kind, str(one.reason or "")) for one in found]
 
     def __call__(self, gm, example_inputs):
         fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
@@ -95,15 +115,10 @@ class Recorder:
             env = fake_mode.shape_env
             env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
         before, returned = _nodes(gm.graph), _returned_inputs(gm.graph)
-        if self.selection is not None:
-            reports = [sparsify_prefill.apply(gm.graph, **self.selection), read_compact_cache.apply(gm.graph)]
-            between = _nodes(gm.graph)
-            reports.append(leave_dense.apply(gm.graph))
-            assert list(between) == list(_nodes(gm.graph)), "leave_dense must change nothing"
-            if self.prune:
-                self.demands += demand_rows.apply(gm.graph).demands
-                self.pruned += prune_projections.apply(gm.graph).pruned
-            self.reports.append({report.name: report.sites for report in reports})
+        if self.settings is not None:
+            done = rewrite(gm.graph, self.settings, self.passes)
+            assert not done.faults, done.faults
+            self.sites.append(done.sites)
         gm.graph.lint()
         after = _nodes(gm.graph)
         self.erased.append(Counter(name for node, name in before.items() if node not in after))
@@ -114,9 +129,13 @@ class Recorder:
         if self.inner is not None:
             return torch._dynamo.lookup_backend(self.inner)(gm, example_inputs)
 
-        return lambda *inputs: CheckedRun(gm).run(*inputs)
+        return functools.partial(_run_checked, gm)
 
 
-def outcomes(recorder, graph=0):
-    """Return kind and reason of every site, in the order of the passes."""
-    return [(s.kind, s.reason) for sites in recorder.reports[graph].values() for s in sites]
+def _run_checked(gm, *inputs):
+    return CheckedRun(gm).run(*inputs)
+
+
+def outcomes(recorder, which="outcomes", graph=0):
+    """Return kind and reason of every site, or of the "prefill", "decode" or "others" only."""
+    return [(one.kind, one.reason) for one in recorder.noted(which, graph)]

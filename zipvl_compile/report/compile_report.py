@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph
 
-from zipvl_compile.passes.match import sdpa as normalize_attention
-from zipvl_compile.passes.match.outcome import Demand, PassReport, Pruning, SiteOutcome
+from zipvl_compile.passes.match.outcome import Demand, Pruning, SiteOutcome
+from zipvl_compile.passes.match.reasons import Reason, Why
+from zipvl_compile.passes.match.sites import read_all
+from zipvl_compile.pipeline import Rewritten
 
 log = logging.getLogger("zipvl_compile")
+GRADIENTS = Reason(Why.GRADIENTS, "gradients are needed: call model.eval(), or run under torch.no_grad()")
 _MAX_REPORTS = 256
 _recent: deque[CompileReport] = deque(maxlen=_MAX_REPORTS)
 _listeners: list[list[CompileReport]] = []
@@ -23,11 +26,21 @@ _warned: set[str] = set()
 
 @dataclass
 class CompileReport:
-    """Every attention site of one compiled graph, and what is computed around those that were rewritten."""
+    """Every attention site of one compiled graph, and what is computed around those that were rewritten.
+
+    Attributes:
+        sites: in the order of the graph, those of a prefill first, then those of decoding, then the others.
+        pruned: projections around the attentions that were made sparse.
+        demands: rows of the last hidden state that are used.
+        seconds: taken by the matching and by each pass.
+        faults: passes that failed and were left out, with their errors.
+    """
 
     sites: list[SiteOutcome] = field(default_factory=list)
     pruned: list[Pruning] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> list[SiteOutcome]:
@@ -41,26 +54,34 @@ class CompileReport:
         lines = [f"zipvl: {len(self.rewritten)} attention sites rewritten, {len(self.dense)} dense"]
         lines += [f"  {site.layer} {site.kind}: {site.reason or 'rewritten'}" for site in self.sites]
         lines += [f"  {pruning}" for pruning in self.pruned] + [f"  {demand}" for demand in self.demands]
+        lines += [f"  pass {name} failed: {error}" for name, error in self.faults.items()]
         return "\n".join(lines)
 
 
-def record(passes: list[PassReport], graph: Graph, training: bool = False) -> CompileReport:
+def record(done: Rewritten) -> CompileReport:
     """Keep the report of one compile, log it, and warn once per reason about decoder attention that stays dense."""
-    sites = [site for report in passes for site in report.sites]
-    if training:
-        reason = "gradients are needed: call model.eval(), or run under torch.no_grad()"
-        sites = [SiteOutcome(site.name, "other", reason) for site in normalize_attention.find(graph)]
-    pruned = [pruning for report in passes for pruning in report.pruned]
-    report = CompileReport(sites, pruned, [demand for report in passes for demand in report.demands])
-    if sites:
+    sites = done.sites
+    return _keep(CompileReport(sites.outcomes, sites.pruned, sites.demands, done.seconds, done.faults))
+
+
+def record_training(graph: Graph) -> CompileReport:
+    """Report that a graph stays as it is because it will be differentiated."""
+    attentions, _ = read_all(graph)
+    return _keep(CompileReport([SiteOutcome(one.name, "other", GRADIENTS) for one in attentions]))
+
+
+def _keep(report: CompileReport) -> CompileReport:
+    if report.sites:
         _recent.append(report)
     for collected in _listeners:
         collected.append(report)
     log.info("%s", report)
+    log.debug("zipvl: seconds by pass: %s", report.seconds)
     for site in report.dense:
-        if not site.by_design and site.reason not in _warned:
-            _warned.add(site.reason)
-            warnings.warn(f"zipvl leaves {site.layer} dense ({site.kind}): {site.reason}", UserWarning, stacklevel=2)
+        text = str(site.reason)
+        if not site.by_design and text not in _warned:
+            _warned.add(text)
+            warnings.warn(f"zipvl leaves {site.layer} dense ({site.kind}): {text}", UserWarning, stacklevel=2)
     return report
 
 

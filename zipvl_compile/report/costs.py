@@ -9,8 +9,9 @@ import torch
 
 from zipvl_compile.kernels.common.autotune import bucket
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.cost_model import NEVER, AttentionShape, break_even, seconds
-from zipvl_compile.passes.sparsify_prefill import LeastTokens
+from zipvl_compile.passes.cost_model import NEVER, break_even, seconds
+from zipvl_compile.passes.match.attention_site import AttentionShape
+from zipvl_compile.passes.settings import LeastTokens
 from zipvl_compile.report.machine import machine
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def costs(explanation: Explanation, dtype: torch.dtype, device: torch.device) ->
     found = []
     for row in explanation.rows:
         if row.kind == "prefill" and row.shape is not None:
-            kept = EXPECTED_KEPT if row.reason or row.kept is None else row.kept / row.prompt
-            dense, sparse = seconds(row.shape, speed, explanation.prompt, kept)
+            kept = EXPECTED_KEPT if row.reason or row.kept is None else row.kept / row.prompt_length
+            dense, sparse = seconds(row.shape, speed, explanation.prompt_length, kept)
             found.append(LayerCost(row.layer, break_even(row.shape, speed, kept), dense, sparse, kept))
     return found

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import inspect
 import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from transformers.cache_utils import Cache
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
+from zipvl_compile.passes.match.reasons import Why
 from zipvl_compile.report import compile_report as report
 from zipvl_compile.report.explanation import ExplainedSite, Explanation
 
@@ -56,13 +56,13 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))
         outputs = compiled(**{**inputs, "use_cache": True})
         cache = _cache_of(outputs, model)
-        prompt = cache.get_seq_length()
+        prompt_length = cache.get_seq_length()
         kept = _kept_counts(cache)
         notes = _decode_one_token(compiled, outputs, cache, inputs)
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
-    rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt)
+    rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt_length)
     pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
-    return Explanation(_with_pruned(rows, pruned), prompt, notes + _around_attention(pruned) + _advice(rows))
+    return Explanation(_with_pruned(rows, pruned), prompt_length, notes + _around_attention(pruned) + _advice(rows))
 
 
 class _OwnOptions(dict):
@@ -185,7 +185,7 @@ def _kept_counts(cache: Cache) -> dict[int, int]:
 
 
 def _with_kept_tokens(
-    sites: list[SiteOutcome], model: torch.nn.Module, kept: dict[int, int], prompt: int
+    sites: list[SiteOutcome], model: torch.nn.Module, kept: dict[int, int], prompt_length: int
 ) -> list[ExplainedSite]:
     """Pair prefill sites with cache layers: by the layer number of the module, else in execution order."""
     modules = dict(model.named_modules())
@@ -195,7 +195,7 @@ def _with_kept_tokens(
     if not counts and len(prefill) == len(kept):
         counts = dict(zip(prefill, kept.values(), strict=True))
     return [
-        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt, site.by_design, shape=site.shape)
+        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt_length, shape=site.shape)
         for i, site in enumerate(sites)
     ]
 
@@ -212,9 +212,10 @@ def _around_attention(pruned: list[Pruning]) -> list[str]:
 
 
 def _advice(rows: list[ExplainedSite]) -> list[str]:
-    least = next((m[1] for row in rows if (m := re.search(r"min_tokens=(\d+)", row.reason))), None)
-    if least is None:
+    short = [row.reason for row in rows if row.reason is not None and row.reason.why is Why.SHORT_PROMPT]
+    if not short:
         return []
     return [
-        f"Prompts shorter than {least} tokens stay dense by default: options={{'min_tokens': 0}} rewrites them too."
+        f"Prompts shorter than {short[0].min_tokens} tokens stay dense by default: "
+        "options={'min_tokens': 0} rewrites them too."
     ]

@@ -6,8 +6,9 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-from zipvl_compile.passes.cost_model import AttentionShape
+from zipvl_compile.passes.match.attention_site import AttentionShape
 from zipvl_compile.passes.match.outcome import Kind
+from zipvl_compile.passes.match.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,18 @@ class ExplainedSite:
     Attributes:
         layer: path of the module that holds the attention.
         kind: "prefill", "decode", or "other" for attention that zipvl does not consider.
-        reason: why the attention stays dense; empty where it was rewritten.
+        reason: why the attention stays dense; None where it was rewritten.
         kept: prompt tokens that the KV cache of this layer keeps, where known (tokens).
-        prompt: prompt length (tokens).
-        by_design: staying dense is what should happen, as for a vision tower or a prompt below `min_tokens`.
+        prompt_length: of the prompt (tokens).
         pruned: projections that are computed only for the tokens that need them, such as "q, v, output".
         shape: what the cost of a prefill attention depends on.
     """
 
     layer: str
     kind: Kind
-    reason: str = ""
+    reason: Reason | None = None
     kept: int | None = None
-    prompt: int = 0
-    by_design: bool = False
+    prompt_length: int = 0
     pruned: str = ""
     shape: AttentionShape | None = None
 
@@ -42,16 +41,23 @@ class ExplainedSite:
     @property
     def fraction(self) -> float | None:
         """Return the fraction of prompt tokens kept, in [0, 1], where known."""
-        return None if self.kept is None else self.kept / self.prompt
+        return None if self.kept is None else self.kept / self.prompt_length
+
+    @property
+    def by_design(self) -> bool:
+        """Return whether staying dense is what should happen, as for a vision tower or a prompt below `min_tokens`."""
+        return self.reason is not None and self.reason.by_design
 
     @property
     def kept_text(self) -> str:
-        return "" if self.kept is None else f"{self.kept} of {self.prompt} ({self.kept / self.prompt:.1%})"
+        return "" if self.kept is None else f"{self.kept} of {self.prompt_length} ({self.fraction:.1%})"
 
     @property
     def detail(self) -> str:
         """Return the kept tokens and the pruned projections, or why the attention stays dense."""
-        return self.reason or ", ".join(filter(None, [self.kept_text, self.pruned and f"pruned {self.pruned}"]))
+        if self.reason is not None:
+            return str(self.reason)
+        return ", ".join(filter(None, [self.kept_text, self.pruned and f"pruned {self.pruned}"]))
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,12 @@ class Explanation:
 
     Attributes:
         rows: one entry per attention and graph; graphs in execution order, layers in the order of the model.
-        prompt: prompt length (tokens).
+        prompt_length: of the prompt (tokens).
         notes: what else a user should know, one sentence each.
     """
 
     rows: list[ExplainedSite]
-    prompt: int
+    prompt_length: int
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +85,7 @@ class Explanation:
     @property
     def title(self) -> str:
         counts = f"{len(self.rewritten)} attention sites rewritten, {len(self.dense)} dense"
-        return f"zipvl: {counts}; prompt of {self.prompt} tokens"
+        return f"zipvl: {counts}; prompt of {self.prompt_length} tokens"
 
     def _cells(self) -> list[tuple[str, str, str, str]]:
         return [(row.layer, row.kind, row.outcome, row.detail) for row in self.rows]

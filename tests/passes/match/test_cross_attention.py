@@ -63,5 +63,5 @@ def test_equal_lengths_do_not_hide_cross_attention(record, modules, form, cross)
     model = Decoder(Attention(modules.cache, **FORMS[form]), cross).eval()
     x, y = torch.randn(2, 2, TOKENS, HIDDEN)
     _, recorder = record(model, x, y, MASK, tau=0.8)
-    (site,) = [site for sites in recorder.reports[0].values() for site in sites]
+    (site,) = recorder.noted()
     assert site.reason == ("cross-attention: queries and keys come from different hidden states" if cross else "")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.graph_modules import Wrapped
 from torch import nn
 
-from zipvl_compile.passes.match import left_dense as leave_dense
+from zipvl_compile.passes.match import left_dense
 
 ops = torch.ops.zipvl
 EAGER = (
@@ -16,13 +16,13 @@ EAGER = (
 CROSS = "no KV cache: cross-attention, or an encoder that attends in chunks"
 VISION = "no KV cache: a vision tower or an encoder"
 NO_CACHE = "no KV cache: the call has use_cache=False, or needs gradients"
-FOREIGN = leave_dense.FOREIGN_CACHE
+FOREIGN = str(left_dense.FOREIGN_CACHE)
 
 
 def reported(recorder):
     """Return kind and reason of everything that stayed dense, whichever pass said so."""
     return sorted(
-        (site.kind, site.reason) for sites in recorder.reports[0].values() for site in sites if not site.rewritten
+        (site.kind, site.reason) for site in recorder.noted() if not site.rewritten
     )
 
 
@@ -101,28 +101,28 @@ def test_matmul_attention_over_a_compacted_cache_is_named(record, modules):
     assert reported(recorder) == [("decode", EAGER)], "once a layer, though it has a view of keys and one of values"
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
-def test_rewritten_sites_are_not_reported_again(record, modules, drop):
+@pytest.mark.parametrize("evict", ["drop", "keep"])
+def test_rewritten_sites_are_not_reported_again(record, modules, evict):
     torch.manual_seed(0)
-    _, recorder = record(modules.Decoder("expand").double(), torch.randn(2, 20, 16, dtype=torch.float64), drop=drop)
+    _, recorder = record(modules.Decoder("expand").double(), torch.randn(2, 20, 16, dtype=torch.float64), evict=evict)
     assert reported(recorder) == []
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
-def test_eager_layer_beside_a_rewritten_one_is_named(record, modules, drop):
+@pytest.mark.parametrize("evict", ["drop", "keep"])
+def test_eager_layer_beside_a_rewritten_one_is_named(record, modules, evict):
     def both(q, k, v):
         first = modules.cache(k, v)
         out = modules.attend(q, k, v, is_causal=True)
         k2, v2 = k + 1, v + 1
         return out, first, matmul_attention(q, k2, v2), modules.cache(k2, v2)
 
-    _, recorder = record(Wrapped(both), *modules.qkv(), drop=drop)
+    _, recorder = record(Wrapped(both), *modules.qkv(), evict=evict)
     assert reported(recorder) == [("prefill", EAGER)]
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
-def test_refused_prefill_is_reported_once_and_with_the_refusal(record, modules, drop):
-    _, recorder = record(modules.Prefill("expand", dropout_p=0.25, is_causal=True), *modules.qkv(), drop=drop)
+@pytest.mark.parametrize("evict", ["drop", "keep"])
+def test_refused_prefill_is_reported_once_and_with_the_refusal(record, modules, evict):
+    _, recorder = record(modules.Prefill("expand", dropout_p=0.25, is_causal=True), *modules.qkv(), evict=evict)
     assert reported(recorder) == [("prefill", "attention dropout 0.25: the model is training")]
 
 
@@ -170,7 +170,7 @@ def test_names_are_module_paths(record, modules):
             return x
 
     _, recorder = record(Model(), modules.qkv()[0])
-    sites = [(site.layer, site.kind, site.reason) for site in recorder.reports[0]["leave_dense"]]
+    sites = [(site.layer, site.kind, site.reason) for site in recorder.noted("others")]
     assert sites == [(f"tower.{i}", "other", VISION) for i in range(2)]
 
 
@@ -205,7 +205,7 @@ def test_every_attention_of_a_mixed_graph_is_reported_exactly_once(record, modul
         return a, b, c, first, second, cross(modules, q, k + 1, v + 1)
 
     _, recorder = record(Wrapped(mixed), *modules.qkv())
-    sites = [site for sites in recorder.reports[0].values() for site in sites]
+    sites = recorder.noted()
     assert sorted(site.kind for site in sites) == ["other", "other", "prefill", "prefill"]
     assert [site.rewritten for site in sites if site.kind == "prefill"] == [True, False]
 

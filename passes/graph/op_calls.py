@@ -1,0 +1,209 @@
+"""Typed views of this package's operators in a graph: fields instead of places of arguments.
+
+    call = TokenScoresCall.read(node)                    call.q, call.recent_probes, ...
+    node = replace(call, q=few).insert(before)           another call, with its fake value
+    replace(call, q=few).write()                         the same node with other arguments
+
+The fields have the names of the operators' schemas, in their order.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch.fx import Graph, Node
+from typing_extensions import Self
+
+from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.graph.graph import calls, insert_call, is_call
+from zipvl_compile.passes.graph.private import OpOverload
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCall:
+    """A call of one operator, in a graph where `node` is given."""
+
+    operator: ClassVar[OpOverload]
+    node: Node | None = field(default=None, compare=False)
+
+    @classmethod
+    def matches(cls, node: Any) -> bool:
+        """Return whether a node calls this operator."""
+        return is_call(node, cls.operator)
+
+    @classmethod
+    def all(cls, graph: Graph) -> list[Self]:
+        """Return the calls of a graph, in order."""
+        return [cls.read(node) for node in calls(graph, cls.operator)]
+
+    @classmethod
+    def read(cls, node: Any) -> Self:
+        """Return the call that a node makes.
+
+        Raises:
+            TypeError: the node calls something else.
+        """
+        if not cls.matches(node):
+            raise TypeError(f"node: expected a call of {cls.operator}, got {getattr(node, 'target', node)}.")
+        return cls(node=node, **dict(zip(cls.names(), node.args, strict=False)), **node.kwargs)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the operator's arguments, in order."""
+        return [one.name for one in fields(cls) if one.name != "node"]
+
+    def insert(self, before: Node) -> Node:
+        """Insert the call before a node."""
+        return insert_call(before, self.operator, self._arguments(), self._choice())
+
+    def write(self) -> None:
+        """Give the node these arguments; its fake value stays."""
+        assert self.node is not None
+        self.node.args, self.node.kwargs = self._arguments(), {**self._choice()}
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.names() if name != "kernel")
+
+    def _choice(self) -> dict[str, str]:
+        """Return the implementation as a keyword, where `choose_kernels` has written one."""
+        kernel = getattr(self, "kernel", "auto")
+        return {} if kernel == "auto" else {"kernel": kernel}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPositionsCall(OpCall):
+    operator = ops.token_positions.default
+    k: Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbePositionsCall(OpCall):
+    operator = ops.probe_positions.default
+    k: Node
+    recent_probes: int
+    random_probes: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScoresCall(OpCall):
+    operator = ops.token_scores.default
+    q: Node
+    k: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float | Node | None
+    softcap: float | None
+    recent_probes: int
+    random_probes: int
+    seed: int
+    groups: int
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectTokensCall(OpCall):
+    operator = ops.select_tokens.default
+    accumulated: Node
+    visible: Node
+    tau: float
+    keep_ratio: float | None
+    keep_recent: int
+    kernel: str = "auto"
+
+    @property
+    def scores(self) -> TokenScoresCall:
+        """Return the call whose scores are selected from."""
+        return TokenScoresCall.read(self.accumulated.args[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherTokensCall(OpCall):
+    operator = ops.gather_tokens.default
+    x: Node
+    positions: Node
+    spare: Any
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherKVCall(OpCall):
+    operator = ops.gather_kv.default
+    k: Node
+    v: Node
+    positions: Node
+    spare: Any
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRoomCall(OpCall):
+    operator = ops.with_room.default
+    x: Node
+    spare: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class HidingRowsCall(OpCall):
+    operator = ops.hiding_rows.default
+    mask: Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVViewCall(OpCall):
+    operator = ops.kv_view.default
+    buffer: Node
+    positions: Node
+    prompt_length: Any
+    n: Any
+
+    @property
+    def layer(self) -> tuple[Any, ...]:
+        """Return what the views of one cache layer share."""
+        return (self.positions, self.prompt_length, self.n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionCall(OpCall):
+    operator = ops.sparse_attention.default
+    q: Node
+    k: Node
+    v: Node
+    positions: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float | Node | None
+    softcap: float | None
+    queries: str
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeAttentionCall(OpCall):
+    operator = ops.decode_attention.default
+    q: Node
+    keys: Node
+    values: Node
+    positions: Node
+    prompt_length: Any
+    n: Any
+    mask: Node | None
+    scale: float | Node | None
+    softcap: float | None
+    kernel: str = "auto"
+
+
+def has_kernels(node: Node) -> bool:
+    """Return whether a node calls an operator of this package that has several implementations."""
+    target = node.target  # Dynamo records the packet of overloads, the passes insert the overload
+    overload = getattr(target, "default", target) if node.op == "call_function" else None
+    if not isinstance(overload, OpOverload) or overload.namespace != "zipvl":
+        return False
+    return any(argument.name == "kernel" for argument in overload._schema.arguments)
+
+
+def outputs(call: Node, before: Node, count: int = 2) -> list[Node]:
+    """Insert the reading of a call's results, one by one."""
+    return [insert_call(before, operator.getitem, (call, i)) for i in range(count)]

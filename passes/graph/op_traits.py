@@ -1,0 +1,278 @@
+"""What operations do: one table, keyed by what a graph calls.
+
+A node calls a function, a method of a tensor, or an operator overload, and the table is asked for that very object,
+never for its name: a foreign function that happens to be called `softmax` is not in it. What the table does not know is
+refused wherever it matters, and may have written to everything that it was given.
+
+    where(c, a, other=b)    x.where(c, b)    aten.where.self(c, a, b)       one Op, arguments by name
+    x += y    x.add_(y)    torch.add(x, y, out=x)                           what they write to
+
+The table says how the token axis goes through an operation and what becomes of rows of zeros; the rules themselves
+stand in `tokenwise/`. What an operation computes at one index stands in `masks/index_rules.py`, by the name given here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from zipvl_compile.passes.graph.private import (
+    ADD_BATCH_DIM,
+    NATIVE,
+    REMOVE_BATCH_DIM,
+    TENSOR,
+    OpOverload,
+    OpOverloadPacket,
+)
+
+
+class Tokens(Enum):
+    """How an operation carries the token axis; the rules are in `tokenwise/axis_rules.py`."""
+
+    POINTWISE = auto()  # operands broadcast
+    FIRST = auto()  # like the first operand; others give a dtype or a number
+    DROPOUT = auto()
+    FEATURES = auto()  # every axis but the last
+    NORM = auto()
+    MATMUL = auto()
+    ALONG = auto()  # every axis but `dim`
+    REDUCE = auto()
+    TRANSPOSE = auto()
+    PERMUTE = auto()
+    RESHAPE = auto()
+    EXPAND = auto()
+    CUT = auto()  # along another axis
+    UNBIND = auto()
+    GETITEM = auto()
+    CAT = auto()
+    STACK = auto()
+    REPEAT = auto()
+    FRESH = auto()
+    COPY = auto()
+
+
+class Zeros(Enum):
+    """When a row of the result is zero because rows of the operands are."""
+
+    NEVER = auto()
+    ALL = auto()  # where those of all operands with tokens are
+    ANY = auto()  # a product
+    NO_BIAS = auto()  # where there is no bias
+    NUMERATOR = auto()
+    POWER = auto()  # where the exponent is positive
+    EVERY_TERM = auto()  # where every term is, constants included
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: what rules and messages call it; in-place forms end in "_".
+        arguments: names in order; `*name` takes all that follow, as `view(*size)` does.
+        tokens, zeros: see there; None: tokens may mix.
+        view: a result may share memory with any tensor that the call was given; else only with those it writes to.
+        writes: names of the arguments that it writes to.
+        outs: names of the arguments that it writes to where they are given.
+        sizes: the result is a size or a number of axes.
+        effect: does something besides its result, such as entering a vmap.
+        signatures: names of the arguments of single targets that have others.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    tokens: Tokens | None = None
+    zeros: Zeros = Zeros.NEVER
+    view: bool = False
+    writes: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ("out",)
+    sizes: bool = False
+    effect: bool = False
+    signatures: dict[Any, tuple[str, ...]] = field(default_factory=dict, compare=False)
+
+
+Target = Callable[..., Any] | str
+TABLE: dict[Target, Op] = {}
+NAMES: set[str] = set()
+# What aten, NumPy and single functions call an argument that has another name in the table.
+SYNONYMS = {"self": "input", "train": "training", "axis": "dim", "keepdims": "keepdim", "tensor": "input",
+            "split_size_or_sections": "split_size", "mat2": "other"}  # fmt: skip
+_OPERATORS = {name.strip("_"): name for name in (
+    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lt", "matmul", "mod", "mul", "ne",
+    "neg", "or_", "pow", "setitem", "sub", "truediv", "xor",
+)}  # fmt: skip
+_MODULES = (torch, F, torch.Tensor, *NATIVE)
+
+
+def _row(names: str, arguments: str, tokens: Tokens | None = None, zeros: Zeros = Zeros.NEVER, *,
+         functions: tuple[Any, ...] = (), signatures: dict[Any, str] | None = None, writes: tuple[str, ...] = (),
+         **flags: Any) -> None:  # fmt: skip
+    """Add the operations `names`, each with its in-place form, wherever PyTorch has them; the first name counts."""
+    given = {target: tuple(text.split()) for target, text in (signatures or {}).items()}
+    for group in names.split(", "):
+        name, *also = group.split("/")
+        takes = tuple(arguments.split())
+        op = Op(name, takes, tokens, zeros, writes=writes, signatures=given, **flags)
+        copies = tokens if tokens is Tokens.COPY else None
+        in_place = Op(f"{name}_", takes, copies, writes=(takes[0],), signatures=given)
+        NAMES.update((op.name, in_place.name))
+        for spelling in (name, *also):
+            TABLE.update(dict.fromkeys((*_targets(spelling), *_operators(spelling, _OPERATORS.get(spelling))), op))
+            in_operator = f"i{spelling}" if spelling in _OPERATORS else None
+            TABLE.update(dict.fromkeys((*_targets(f"{spelling}_"), *_operators(f"i{spelling}", in_operator)), in_place))
+        TABLE.update(dict.fromkeys((*functions, *given), op))
+
+
+def _targets(name: str) -> Iterator[Target]:
+    """Return the functions, methods and packets of overloads that PyTorch has under a name."""
+    for module in _MODULES:
+        found = getattr(module, name, None)
+        if callable(found) and not isinstance(found, type):
+            yield found
+    if hasattr(torch.Tensor, name):
+        yield name
+    if isinstance(packet := getattr(torch.ops.aten, name, None), OpOverloadPacket):
+        yield packet
+
+
+def _operators(name: str, in_operator: str | None) -> Iterator[Target]:
+    """Return the function of Python's operator module, and the method that stands for it."""
+    if in_operator is not None and hasattr(operator, in_operator):
+        yield getattr(operator, in_operator)
+        yield f"__{name}__"
+
+
+T, Z = Tokens, Zeros
+_row("neg, abs, square, sqrt, erf, sin, floor, ceil, round, sign", "input", T.POINTWISE, Z.ALL)
+_row("rsqrt, exp, cos, reciprocal, log, log2, isnan, isinf, isfinite, logical_not, bitwise_not/invert, exp2, expm1",
+     "input", T.POINTWISE)  # fmt: skip
+_row("silu, relu", "input inplace", T.FIRST, Z.ALL)
+_row("tanh", "input", T.FIRST, Z.ALL)
+_row("gelu", "input approximate", T.FIRST, Z.ALL)
+_row("sigmoid, softplus", "input", T.FIRST)
+_row("to, type", "input *dtype", T.FIRST, Z.ALL, view=True)
+_row("float, double, half, bfloat16", "input", T.FIRST, Z.ALL, view=True)
+_row("bool, int, long", "input", T.FIRST, view=True)
+_row("type_as", "input other", T.FIRST, Z.ALL, view=True)
+_row("contiguous", "input memory_format", T.FIRST, Z.ALL, view=True)
+_row("clone", "input", T.POINTWISE, Z.ALL)
+_row("detach", "input", T.POINTWISE, Z.ALL, view=True)
+_row("add, sub/subtract", "input other alpha", T.POINTWISE, Z.EVERY_TERM)
+_row("rsub", "input other alpha")
+_row("mul/multiply", "input other", T.POINTWISE, Z.ANY)
+_row("div/truediv/true_divide/divide", "input other rounding_mode", T.POINTWISE, Z.NUMERATOR)
+_row("floor_divide/floordiv, remainder/mod, maximum, minimum, bitwise_and/and, bitwise_or/or, bitwise_xor/xor,"
+     " logical_and, logical_or, logical_xor", "input other")  # fmt: skip
+_row("lt/less, le/less_equal, gt/greater, ge/greater_equal, eq, ne/not_equal", "input other", T.POINTWISE)
+_row("pow", "input exponent", T.POINTWISE, Z.POWER)
+_row("clamp/clip", "input min max", T.POINTWISE)
+_row("where", "condition input other", T.POINTWISE, signatures={"where": "input condition other"})
+_row("masked_fill", "input mask value", T.POINTWISE)
+_row("dropout", "input p training inplace", T.DROPOUT, Z.ALL, view=True)
+_row("linear", "input weight bias", T.FEATURES, Z.NO_BIAS)
+_row("view_as_complex", "input", T.FEATURES, view=True)
+_row("view_as_real", "input", T.FIRST, view=True)
+_row("layer_norm", "input normalized_shape weight bias eps", T.NORM, Z.NO_BIAS)
+_row("rms_norm", "input normalized_shape weight eps", T.NORM, Z.ALL)
+_row("matmul, mm", "input other", T.MATMUL, Z.ALL)
+_row("bmm", "input other")
+_row("baddbmm", "input batch1 batch2 beta alpha")
+_row("einsum", "equation *operands", view=True)
+_row("softmax/_softmax", "input dim dtype", T.ALONG, signatures={F.softmax: "input dim _stacklevel dtype"})
+_row("mean, sum", "input dim keepdim", T.REDUCE, Z.ALL)
+_row("var", "input dim unbiased keepdim correction", T.REDUCE)
+_row("amax, amin", "input dim keepdim", T.REDUCE)
+_row("transpose/swapaxes/swapdims", "input dim0 dim1", T.TRANSPOSE, Z.ALL, view=True)
+_row("permute", "input *dims", T.PERMUTE, Z.ALL, view=True)
+_row("view, reshape", "input *size", T.RESHAPE, Z.ALL, view=True)
+_row("flatten", "input start_dim end_dim", T.RESHAPE, Z.ALL, view=True)
+_row("unflatten", "input dim sizes", T.RESHAPE, Z.ALL, view=True)
+_row("unsqueeze, squeeze", "input dim", T.RESHAPE, Z.ALL, view=True)
+_row("expand", "input *size", T.EXPAND, Z.ALL, view=True)
+_row("split", "input split_size dim", T.CUT, Z.ALL, view=True)
+_row("chunk", "input chunks dim", T.CUT, Z.ALL, view=True)
+_row("unbind", "input dim", T.UNBIND, Z.ALL, view=True)
+_row("narrow", "input dim start length", view=True)
+_row("getitem", "input index", T.GETITEM, Z.ALL, view=True)
+_row("cat/concat/concatenate", "tensors dim", T.CAT, Z.EVERY_TERM)
+_row("stack", "tensors dim", T.STACK)
+_row("repeat_interleave", "input repeats dim", T.REPEAT, Z.ALL)
+_row("new_empty, new_zeros, new_ones", "input *size", T.FRESH)
+_row("copy", "input src", T.COPY)
+_row("arange", "start end step")
+_row("ones, zeros, empty", "*size")
+_row("ones_like, zeros_like", "input")
+_row("full", "size fill_value")
+_row("new_full", "input size fill_value")
+_row("full_like", "input fill_value")
+_row("scalar_tensor", "data")
+_row("tensor", "data", functions=TENSOR)
+_row("triu, tril", "input diagonal")
+_row("index", "input indices")
+_row("scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale enable_gqa")
+_row("size, stride, dim, numel, sym_size, sym_numel", "input dim", sizes=True)
+_row("getattr", "input name", functions=(builtins.getattr,), view=True)
+_row("setitem", "input index value", writes=("input",))
+_row("meshgrid, broadcast_tensors", "*tensors", view=True)
+_row("embedding, interpolate, normalize, one_hot, pad, conv2d, conv3d, group_norm, log_softmax, as_tensor", "input",
+     view=True)  # fmt: skip
+_row("add_batch_dim", "input dim level", functions=ADD_BATCH_DIM, view=True, effect=True)
+_row("remove_batch_dim", "input level size out_dim", functions=REMOVE_BATCH_DIM, view=True, effect=True)
+
+
+@functools.cache
+def of_target(target: Target) -> Op | None:
+    """Return what a call does, or None where nobody knows.
+
+    PyTorch's operations that are not in the table, and operators of other libraries, are known by their schemas: what
+    they write to, and nothing of their tokens.
+    """
+    if target in TABLE:
+        return TABLE[target]
+    packet = getattr(target, "overloadpacket", None)
+    if packet in TABLE:
+        return TABLE[packet]
+    schemas = _schemas(target)
+    if not schemas:
+        return None
+    written = [a for schema in schemas for a in schema.arguments if _is_written(a)]
+    inputs, outs = ({SYNONYMS.get(a.name, a.name) for a in written if a.kwarg_only is only} for only in (False, True))
+    code = getattr(target, "__code__", None)
+    named = code.co_varnames[: code.co_argcount] if code else [a.name for a in max(schemas, key=_size).arguments]
+    takes = tuple(SYNONYMS.get(name, name) for name in named)
+    # Custom operators return tensors of their own; aten's composite ones may return a view and not say so.
+    view = schemas[0].name.startswith("aten::") and not inputs
+    return Op(schemas[0].name, takes, view=view, writes=tuple(inputs), outs=tuple(outs))
+
+
+def _size(schema: Any) -> int:
+    return len(schema.arguments)
+
+
+def _is_written(argument: Any) -> bool:
+    writes = argument.alias_info is not None and argument.alias_info.is_write
+    return writes and str(argument.type).startswith(("Tensor", "Optional[Tensor]", "List[Tensor]"))
+
+
+def _schemas(target: Target) -> list[Any]:
+    """Return the schemas of an overload, of a packet, or of PyTorch's own function or method of the same name."""
+    if isinstance(target, OpOverload):
+        return [target._schema]
+    packet: Any = target
+    if isinstance(target, str):
+        packet = getattr(torch.ops.aten, target, None) if hasattr(torch.Tensor, target) else None
+    elif not isinstance(target, OpOverloadPacket):
+        name = getattr(target, "__name__", "")
+        own = any(getattr(module, name, None) is target for module in _MODULES)
+        packet = getattr(torch.ops.aten, name, None) if own else None
+    if not isinstance(packet, OpOverloadPacket):
+        return []
+    return [getattr(packet, name)._schema for name in packet.overloads()]

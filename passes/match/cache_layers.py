@@ -1,0 +1,94 @@
+"""Which attention reads which layer of the KV cache.
+
+The cache layers traced markers: in a prefill `token_positions` and the gathers of what a layer stores, in decoding a
+`kv_view` of every buffer. An attention reads a layer where its keys and values are what the layer stores or shows, or
+are computed from that token by token, as those of latent attention (MLA) are.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from zipvl_compile.passes.graph.op_calls import GatherTokensCall, KVViewCall, TokenPositionsCall
+from zipvl_compile.passes.graph.reading import is_op
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
+
+
+def gathers(marker: Node) -> list[GatherTokensCall]:
+    """Return the calls that put what a layer stores into the cache."""
+    return [GatherTokensCall.read(user) for user in marker.users if GatherTokensCall.matches(user)]
+
+
+def stored_by(marker: Node) -> list[Node]:
+    """Return what a cache layer stores: keys and values, or the latents that they are computed from."""
+    return [gather.x for gather in gathers(marker)]
+
+
+def only_cached(marker: Node) -> bool:
+    """Return whether nothing but the graph's outputs reads the layer that `marker` stands for."""
+    users = [user for user in marker.users if user.op != "output"]
+    readers = [user for gather in users for user in gather.users]
+    return all(GatherTokensCall.matches(user) for user in users) and all(user.op == "output" for user in readers)
+
+
+def filled_by(graph: Graph, attentions: list[Attention]) -> dict[Node, tuple[Attention, Node]]:
+    """Return the attentions of a prefill whose K and V a layer stores, by node, each with the layer's marker."""
+    markers = {call.k: call.node for call in TokenPositionsCall.all(graph)}
+    found: dict[Node, tuple[Attention, Node]] = {}
+    for attention in attentions:
+        for form in (attention,) + (() if attention.key is attention.inputs[0] else (attention.as_read(),)):
+            marker = markers.get(form.key)
+            if marker is not None and form.value in stored_by(marker):
+                found[attention.node] = (form, marker)
+    read = {marker for _, marker in found.values()}
+    stored = {marker: stored_by(marker) for marker in markers.values() if marker is not None}
+    for marker, sources in stored.items():
+        if marker in read or (first := computed_from(sources, attentions)) is None:
+            continue
+        others = {x for other, tensors in stored.items() if other is not marker for x in tensors}
+        if first.node not in found and others.isdisjoint({first.key, first.value, *first.inputs}):
+            found[first.node] = (first, marker)
+    return {attention.node: found[attention.node] for attention in attentions if attention.node in found}
+
+
+def shown_to(graph: Graph, attentions: list[Attention]) -> dict[Node, Attention]:
+    """Return the attentions whose K and V are views of a compacted cache, or computed from such views, by node."""
+    views = {call.node: call for call in KVViewCall.all(graph)}
+    direct = [one for one in attentions if one.key in views and one.value in views]
+    read = {view for one in direct for view in (one.key, one.value)}
+    layers: dict[tuple, list[Node]] = {}
+    for view, call in views.items():
+        if view not in read and view is not None:
+            layers.setdefault(call.layer, []).append(view)
+    computed = [one for group in layers.values() if (one := computed_from(group, attentions)) is not None]
+    return {one.node: one for one in attentions if one in direct or one in computed}
+
+
+def views_above(attention: Attention) -> list[KVViewCall]:
+    """Return the views of the cache that an attention's keys and values are, or are computed from."""
+    if KVViewCall.matches(attention.key):
+        return [KVViewCall.read(attention.key), KVViewCall.read(attention.value)]
+    views, seen, todo = [], set(), [attention.key, attention.value]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if KVViewCall.matches(node):
+            views.append(KVViewCall.read(node))
+        else:
+            written = [w for part in node.users for w in part.users if is_op(w, "copy_")]
+            todo += [*node.all_input_nodes, *(x for write in written for x in write.all_input_nodes)]
+    return views
+
+
+def computed_from(sources: list[Node], attentions: list[Attention]) -> Attention | None:
+    """Return the first attention that the sources flow into, if its keys and values are computed from them by token."""
+    if not sources:
+        return None
+    rows = TokenRows(sources)
+    first = next((one for one in attentions if not rows.reached.isdisjoint({one.query, one.key, one.value})), None)
+    if first is None or rows.differs((first.key, first.value)):
+        return None
+    return first
