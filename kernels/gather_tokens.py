@@ -2,10 +2,8 @@
 
     out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  0 in the `spare` rows after that
 
-The copy is what frees memory: nothing of the full-length tensor stays alive.
-`with_room` copies what was computed for the kept tokens only, and all of them where a layer keeps every token.
-`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place. Both become
-PyTorch's own operations when a graph is compiled, so that Inductor fuses them with what comes before.
+The copy is what frees memory: nothing of the full-length tensor stays alive. `gather_kv` does it for keys and values in
+one launch.
 
 Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
 """
@@ -22,19 +20,6 @@ from zipvl_compile.kernels.common.tiles import unit_stride
 from zipvl_compile.kernels.common.token_copies import take_rows
 
 ROWS = 32  # tokens that one program copies
-
-
-torch.library.define("zipvl::token_positions", "(Tensor k) -> Tensor")
-
-
-@torch.library.impl("zipvl::token_positions", "CompositeImplicitAutograd")
-def _token_positions(k: torch.Tensor) -> torch.Tensor:
-    return torch.arange(k.shape[2], device=k.device).repeat(k.shape[0], 1, 1)
-
-
-def token_positions(k: torch.Tensor) -> torch.Tensor:
-    """Return the positions of every token of `k [B, Hkv, n, D]`: int64 `[B, 1, n]`, 0 to n - 1."""
-    return torch.ops.zipvl.token_positions(k)
 
 
 @triton.jit
@@ -161,29 +146,3 @@ def gather_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do `gather_tokens` for keys `[B, H, n, D]` and values `[B, H, n, Dv]` at once, in one launch."""
     return torch.ops.zipvl.gather_kv(k, v, positions, spare, use)
-
-
-torch.library.define("zipvl::with_room", "(Tensor x, SymInt spare) -> Tensor")
-
-
-@torch.library.impl("zipvl::with_room", "CompositeImplicitAutograd")
-def _with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
-    if x.dim() != 4:
-        fail("with_room", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
-    return torch.cat([x, x.new_zeros(x.shape[0], x.shape[1], spare, x.shape[3])], 2)
-
-
-def with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
-    """Copy keys or values of the kept tokens into a buffer with spare room.
-
-    Args:
-        x: `[B, H, P, D]`.
-        spare: rows of zeros after the kept ones, in tokens.
-
-    Returns:
-        `[B, H, P + spare, D]`, same dtype.
-
-    Raises:
-        ValueError: x of another rank.
-    """
-    return torch.ops.zipvl.with_room(x, spare)

@@ -47,3 +47,8 @@ def _probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> to
 @_probe_positions.register_fake
 def _(k, recent, random, seed):
     return k.new_empty(torch.sym_min(k.shape[2], recent + random), dtype=torch.int64)
+
+
+def probe_positions(k: torch.Tensor, recent: int, random: int, seed: int) -> torch.Tensor:
+    """Return `probe_rows` of the `n` tokens of `k [B, Hkv, n, D]` on its device, as a step of a graph: int64 `[m]`."""
+    return torch.ops.zipvl.probe_positions(k, recent, random, seed)

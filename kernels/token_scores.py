@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import token_scores_torch as _torch  # noqa: F401  (registers the operator)
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
 from zipvl_compile.kernels.common.masks import rows_that_see
@@ -36,6 +35,8 @@ from zipvl_compile.kernels.common.tiles import (
     strides,
     unit_stride,
 )  # fmt: skip
+from zipvl_compile.kernels.probe_rows import probe_positions
+from zipvl_compile.kernels.token_scores_torch import token_scores_torch
 
 MAX_SPLITS = 32  # parts of the keys that are read in parallel
 PROGRAMS = 1024  # enough to fill a large GPU several times
@@ -175,9 +176,9 @@ def _token_scores(
         _check(q, k, mask, recent, random, groups)
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
     if not use_triton("token_scores", use, q, k) or q.numel() == 0 or k.numel() == 0:
-        return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)
+        return token_scores_torch(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)
     q, k = unit_stride(q), unit_stride(k)
-    rows = torch.ops.zipvl.probe_positions(k, recent, random, seed)
+    rows = probe_positions(k, recent, random, seed)
     factor, m = query_heads // kv_heads, rows.shape[0]
     block_d = head_blocks(width)
     tiling = _tiling(q.dtype, block_d, factor * (recent + random))

@@ -114,3 +114,11 @@ def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, n = q.shape[0], k.shape[2]
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
+
+
+def token_scores_torch(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
+    softcap: float | None, recent: int, random: int, seed: int, groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return what `token_scores` returns, for inputs that it has checked."""
+    return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)

@@ -21,7 +21,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401
-from zipvl_compile.kernels.common import masks as _masks  # noqa: F401
 from zipvl_compile.passes.graph.graph import example, insert_call
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks
 from zipvl_compile.passes.match import sdpa as normalize_attention

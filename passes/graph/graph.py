@@ -19,9 +19,7 @@ from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from zipvl_compile.kernels import append_tokens as _append  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
-from zipvl_compile.kernels import kv_view as _view  # noqa: F401
+from zipvl_compile.kernels import ops as _ops  # noqa: F401  (registers the operators)
 
 ops = torch.ops.zipvl
 

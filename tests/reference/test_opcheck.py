@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import kv_view as _view  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import select_tokens as _select  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import sparse_attention as _attend  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import token_scores as _score  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import ops as _ops  # noqa: F401  (registers the operators)
 
 ops = torch.ops.zipvl
 ALL = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}

@@ -12,6 +12,7 @@ from zipvl_compile.backend import _allow_data_dependent_sizes
 from zipvl_compile.kernels import decode_attention as _decode  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401  (registers the operators)
 from zipvl_compile.kernels import kv_view as _view  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels import token_positions as _positions  # noqa: F401  (registers the operators)
 
 ops = torch.ops.zipvl
 SPARE = 4
