@@ -76,10 +76,10 @@ def _gather_torch(x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -
 
 
 @torch.library.custom_op("zipvl::gather_tokens", mutates_args=())
-def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: str = "auto") -> torch.Tensor:
+def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, kernel_: str = "auto") -> torch.Tensor:
     _check("x", x, positions)
     out = _buffer(x, positions, spare)
-    if out.numel() and use_triton("gather_tokens", use, x):
+    if out.numel() and use_triton("gather_tokens", kernel_, x):
         _gather_triton(x, None, positions, out, None)
     else:
         _gather_torch(x, positions, out)
@@ -88,14 +88,14 @@ def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: st
 
 @torch.library.custom_op("zipvl::gather_kv", mutates_args=())
 def _gather_kv(
-    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int, use: str = "auto"
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int, kernel_: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check("k", k, positions)
     _check("v", v, positions)
     if v.shape[:3] != k.shape[:3]:
         fail("gather_kv", "v", f"batch, heads and tokens {list(k.shape[:3])}, like k", list(v.shape), "Pair k with v.")
     keys, values = _buffer(k, positions, spare), _buffer(v, positions, spare)
-    if keys.numel() and values.numel() and use_triton("gather_kv", use, k, v):
+    if keys.numel() and values.numel() and use_triton("gather_kv", kernel_, k, v):
         _gather_triton(k, v, positions, keys, values)
     else:
         _gather_torch(k, positions, keys)
@@ -114,23 +114,23 @@ def _buffer(x: torch.Tensor, positions: torch.Tensor, spare: int) -> torch.Tenso
 
 
 @_gather_tokens.register_fake
-def _(x, positions, spare, use="auto"):
+def _(x, positions, spare, kernel_="auto"):
     return _buffer(x, positions, spare)
 
 
 @_gather_kv.register_fake
-def _(k, v, positions, spare, use="auto"):
+def _(k, v, positions, spare, kernel_="auto"):
     return _buffer(k, positions, spare), _buffer(v, positions, spare)
 
 
-def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, use: str = "auto") -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto") -> torch.Tensor:
     """Copy the tokens at `positions` into a new contiguous buffer.
 
     Args:
         x: keys or values `[B, H, n, D]`.
         positions: int64 `[B, G, P]`, each in [0, n); `G` divides `H`.
         spare: rows of zeros after the kept ones, in tokens.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, H, P + spare, D]`, same dtype.
@@ -138,11 +138,11 @@ def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, use:
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a position outside [0, n).
     """
-    return torch.ops.zipvl.gather_tokens(x, positions, spare, use)
+    return torch.ops.zipvl.gather_tokens(x, positions, spare, kernel)
 
 
 def gather_kv(
-    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int = 0, use: str = "auto"
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do `gather_tokens` for keys `[B, H, n, D]` and values `[B, H, n, Dv]` at once, in one launch."""
-    return torch.ops.zipvl.gather_kv(k, v, positions, spare, use)
+    return torch.ops.zipvl.gather_kv(k, v, positions, spare, kernel)

@@ -193,7 +193,7 @@ def _select_tokens(
     tau: float,
     keep_ratio: float | None,
     keep_recent: int,
-    use: str = "auto",
+    kernel_: str = "auto",
 ) -> torch.Tensor:
     if accumulated.dim() != 3 or visible.dim() != 2 or accumulated.shape[::2] != visible.shape:
         fail(
@@ -201,7 +201,7 @@ def _select_tokens(
             f"{list(accumulated.shape)}, {list(visible.shape)}", "Pass what token_scores returned.",
         )  # fmt: skip
     batch, groups, n = accumulated.shape
-    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", use, accumulated, visible)
+    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", kernel_, accumulated, visible)
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
     elif tau >= 1.0 or accumulated.numel() == 0:
@@ -215,7 +215,7 @@ def _select_tokens(
 
 
 @_select_tokens.register_fake
-def _(accumulated, visible, tau, keep_ratio, keep_recent, use="auto"):
+def _(accumulated, visible, tau, keep_ratio, keep_recent, kernel_="auto"):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
@@ -233,7 +233,7 @@ def select_tokens(
     tau: float = 0.975,
     keep_ratio: float | None = None,
     keep_recent: int = 1,
-    use: str = "auto",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens to keep.
 
@@ -243,7 +243,7 @@ def select_tokens(
         tau: fraction of the accumulated score to keep, in (0, 1]; 1 keeps every token.
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
         keep_recent: newest visible tokens that are always kept.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs; the others keep their
@@ -259,4 +259,4 @@ def select_tokens(
             fail("select_tokens", name, "a fraction in (0, 1]", value, "Use 1.0 to keep every token.")
     if keep_recent < 1:
         fail("select_tokens", "keep_recent", "at least 1 token", keep_recent, "The newest token must be kept.")
-    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, use)
+    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, kernel)

@@ -1,6 +1,6 @@
 """Write the user's choice of kernels into every operator of this package that has one.
 
-    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., use="torch")
+    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., kernel_="torch")
 
 The choice is part of the graph, so that compiled graphs that are cached on disk cannot be mixed up.
 """
@@ -17,11 +17,11 @@ def has_choice(node: Node) -> bool:
     overload = target.default if node.op == "call_function" and hasattr(target, "default") else target
     if not isinstance(overload, torch._ops.OpOverload) or overload.namespace != "zipvl":
         return False
-    return any(argument.name == "use" for argument in overload._schema.arguments)
+    return any(argument.name == "kernel_" for argument in overload._schema.arguments)
 
 
-def apply(graph: Graph, use: str) -> None:
-    """Set `use`, "auto", "triton" or "torch", on every operator of `graph` that has it."""
+def apply(graph: Graph, kernel: str) -> None:
+    """Set `kernel`, "auto", "triton" or "torch", on every operator of `graph` that has it."""
     for node in graph.nodes:
         if has_choice(node):
-            node.update_kwarg("use", use)
+            node.update_kwarg("kernel_", kernel)

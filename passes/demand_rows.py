@@ -155,7 +155,7 @@ def attend_last_of_all(attention: Node, before: Node) -> Node | None:
 
 def attend_last(attention: Node, before: Node) -> Node:
     """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node."""
-    query, keys, values, positions, mask, _, scale, softcap, all_queries = args_of(attention)
+    query, keys, values, positions, mask, _, scale, softcap, queries = args_of(attention)
     scores = args_of(args_of(positions)[0])[0]
     scored_keys = args_of(scores)[1]  # [B, Hkv, n, D]
     n = size(scored_keys, 2, before)
@@ -167,7 +167,7 @@ def attend_last(attention: Node, before: Node) -> Node:
     arguments = (last, keys, values, positions, n, n, mask, scale, softcap)
     out = insert_call(before, ops.decode_attention.default, arguments)
     out.meta["layer"] = attention.meta.get("layer")
-    if all_queries or (mask is None and has_last_row(scores)):
+    if queries == "all" or (mask is None and has_last_row(scores)):
         return out  # the newest visible token is always kept
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
     kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]

@@ -45,7 +45,7 @@ from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 ops = torch.ops.zipvl
 Rows = Shared | OfEachSample
-_ALL_QUERIES = 8  # which argument of sparse_attention
+_QUERIES = 8  # which argument of sparse_attention
 _PROBES = slice(4, 7)  # which arguments of token_scores, after q and k
 
 
@@ -130,7 +130,7 @@ def prune_queries(site: Site, kept: Rows) -> tuple[Node, Cone]:
 
 
 def _all_attend(attention: Node) -> bool:
-    return bool(args_of(attention)[_ALL_QUERIES])
+    return args_of(attention)[_QUERIES] == "all"
 
 
 def prune_demanded_queries(site: Site) -> None:

@@ -210,7 +210,7 @@ def attend(site: AttentionSite, kept: Kept, masks: CanonicalMasks, all_queries: 
     if _reads_whole_prompt(site):
         rows, is_causal = masks.hiding(site)
         target = ops.sparse_attention.default
-        where: tuple = (kept.positions, rows, is_causal, site.scale, site.softcap, all_queries)
+        where: tuple = (kept.positions, rows, is_causal, site.scale, site.softcap, "all" if all_queries else "selected")
     else:  # a reader of shared KV that has the newest queries only: it attends as if it decoded
         n = example(site.key).shape[2]
         n = n if isinstance(n, int) else insert_call(site.node, torch.ops.aten.sym_size.int, (site.key, 2))

@@ -58,6 +58,6 @@ def apply(graph: Graph) -> None:
             continue
         rows, is_causal = masks.hiding(site)
         everyone = insert_call(site.node, ops.token_positions.default, (site.key,))
-        given = (site.query, site.key, site.value, everyone, rows, is_causal, site.scale, site.softcap, False)
+        given = (site.query, site.key, site.value, everyone, rows, is_causal, site.scale, site.softcap, "selected")
         site.replace_with(insert_call(site.node, ops.sparse_attention.default, given))
     masks.erase_unread()

@@ -21,7 +21,7 @@ def scores(n, batch=2, groups=1, seed=0, levels=0):
 
 
 def check(x, seen, **rule):
-    got, expected = (select_tokens(x, seen, use=kernel, **rule) for kernel in ("triton", "torch"))
+    got, expected = (select_tokens(x, seen, kernel=kernel, **rule) for kernel in ("triton", "torch"))
     assert torch.equal(got, expected)
     return got
 

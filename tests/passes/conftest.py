@@ -48,6 +48,7 @@ def by_the_paper(paper):
         kept = paper.selection(
             scores, visible, tau=chosen["tau"], keep_ratio=chosen["keep_ratio"], keep_recent=chosen["keep_recent"]
         )
-        return paper.attention(q, k, v, kept, all_queries=chosen["all_queries"], **look), kept
+        queries = "all" if chosen["all_queries"] else "selected"
+        return paper.attention(q, k, v, kept, queries=queries, **look), kept
 
     return compute

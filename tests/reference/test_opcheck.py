@@ -76,9 +76,9 @@ def test_gather_tokens(dtype):
 
 
 @softcaps
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
-def test_sparse_attention(masked, all_queries, softcap):
+def test_sparse_attention(masked, queries, softcap):
     q, k, v, positions, mask = tensors()
     keys, values = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
     check(
@@ -91,7 +91,7 @@ def test_sparse_attention(masked, all_queries, softcap):
         not masked,
         0.3,
         softcap,
-        all_queries,
+        queries,
     )
 
 

@@ -43,7 +43,7 @@ def test_kept_queries_attend_to_kept_keys_only(paper):
     v = torch.tensor([[[[4.0], [100.0], [8.0]]]])
     kept = torch.tensor([[[0, 2]]])
     assert paper.attention(q, k, v, kept, scale=1.0).flatten() == pytest.approx([4, 0, 7])
-    assert paper.attention(q, k, v, kept, scale=1.0, all_queries=True).flatten() == pytest.approx([4, 4, 7])
+    assert paper.attention(q, k, v, kept, scale=1.0, queries="all").flatten() == pytest.approx([4, 4, 7])
 
 
 def test_decode_sees_kept_prompt_tokens_and_every_later_token(paper):

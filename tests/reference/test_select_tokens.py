@@ -35,7 +35,8 @@ def check(paper, accumulated, visible, **options):
 @pytest.mark.parametrize("n", [1, 2, 63, 129])
 def test_tau(paper, cases, n, mask, tau, keep_recent):
     q, k, _ = cases.qkv(batch=3, heads="mqa", n=n, dim=8)
-    accumulated, visible = token_scores(q, k, cases.mask(mask, 3, 4, n), is_causal=mask == "none", recent=16, random=16)
+    probes = {"recent_probes": 16, "random_probes": 16}
+    accumulated, visible = token_scores(q, k, cases.mask(mask, 3, 4, n), is_causal=mask == "none", **probes)
     kept = check(paper, accumulated, visible, tau=tau, keep_recent=keep_recent)
     assert tau == 1 or n < 63 or kept.shape[2] < n, "the case must select something"
 
@@ -45,7 +46,7 @@ def test_tau(paper, cases, n, mask, tau, keep_recent):
 @pytest.mark.parametrize("n", [1, 2, 63, 500])
 def test_keep_ratio(paper, cases, n, ratio, keep_recent):
     q, k, _ = cases.qkv(batch=2, heads="mqa", n=n, dim=8)
-    accumulated, visible = token_scores(q, k, recent=8, random=8)
+    accumulated, visible = token_scores(q, k, recent_probes=8, random_probes=8)
     kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
     assert (kept[..., -1] == n - 1).all()
 

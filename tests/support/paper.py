@@ -106,7 +106,7 @@ def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1
 
 
 def attention(
-    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, all_queries=False
+    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, queries="selected"
 ) -> np.ndarray:
     """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
@@ -119,14 +119,14 @@ def attention(
             kept = np.zeros(n, dtype=bool)
             kept[np.asarray(positions[b, h // per_group])] = True
             for i in range(n):
-                if kept[i] or all_queries:
+                if kept[i] or queries == "all":
                     seen = look.seen(b, h, i, n) & kept
                     weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                     out[b, h, i] = weights @ v[b, h // factor]
     return out
 
 
-def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None, softcap=None) -> np.ndarray:
+def decode(q, k, v, positions, prompt_length: int, *, mask=None, scale=None, softcap=None) -> np.ndarray:
     """Return `[B, Hq, m, Dv]` of the newest tokens, from `k`, `v` of all logical tokens and the kept prompt tokens."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal=False)
     batch, heads, m, width = q.shape
@@ -136,7 +136,7 @@ def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None, softcap=No
     out = np.zeros((batch, heads, m, v.shape[3]))
     for b in range(batch):
         for h in range(heads):
-            cached = np.arange(n) >= prompt
+            cached = np.arange(n) >= prompt_length
             cached[np.asarray(positions[b, h // per_group])] = True
             for i in range(m):
                 seen = look.seen(b, h, i, n) & cached
