@@ -52,6 +52,14 @@ def test_a_score_that_is_no_number_keeps_every_token(strange):
     assert check(x, seen, tau=0.9).shape[2] == 70
 
 
+def test_protected_tokens_come_on_top_of_p():
+    x = torch.full((1, 1, 200), 2 / 197)
+    x[..., 0], x[..., 50], x[..., 100] = 60.0, 30.0, 8.0  # an attention sink, and two tokens that matter
+    for rule in ({"tau": 0.95}, {"keep_ratio": 3 / 200}):
+        assert check(x, torch.ones(1, 200), **rule).tolist() == [[[0, 50, 199]]]
+        assert check(x, torch.ones(1, 200), keep_recent=64, **rule).tolist() == [[[0, 50, *range(136, 200)]]]
+
+
 def test_no_attention_at_all_keeps_the_newest():
     x, seen = torch.zeros(1, 1, 9), torch.ones(1, 9)
     assert check(x, seen, tau=0.9).tolist() == [[[8]]]
