@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.common import autotune as fastest
-from zipvl_compile.kernels.common import tiles
+from zipvl_compile.kernels.common import autotune, tiles
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.common.dispatch import launchable, use_triton
 from zipvl_compile.kernels.common.masks import take
@@ -215,18 +214,18 @@ def _sparse_attention(
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, queries == "all" and p < n)
     if not use_triton("sparse_attention", kernel_, q, k, v):
         return attend_torch(*arguments)
-    candidates: fastest.Candidates = {
+    candidates: autotune.Candidates = {
         f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tilings(q, v, mask)
     }
     if kernel_ == "triton":
         return next(iter(candidates.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
-    shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
+    shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], autotune.bucket(p), autotune.bucket(m))
     key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
     candidates["torch"] = functools.partial(attend_torch, *arguments)
     if mask is None and is_causal and softcap is None and not arguments[8]:
         candidates["cudnn"] = functools.partial(attend_cudnn, q, *buffers, positions, scale)
-    return fastest.run(key, candidates)
+    return autotune.run(key, candidates, q.device)
 
 
 @_sparse_attention.register_fake
