@@ -86,15 +86,15 @@ def cases() -> dict[str, Callable[[], object]]:
             )
 
         made |= {
-            f"{name}, causal": lambda q=q, k=k: _score.token_scores(q, k, use="triton"),
-            f"{name}, causal + padding": lambda q=q, k=k, m=row: _score.token_scores(q, k, m, use="triton"),
+            f"{name}, causal": lambda q=q, k=k: _score.token_scores(q, k, kernel="triton"),
+            f"{name}, causal + padding": lambda q=q, k=k, m=row: _score.token_scores(q, k, m, kernel="triton"),
             f"{name}, K and V": lambda k=k, v=v, p=positions: _gather.gather_kv(k, v, p, 32, "triton"),
             f"{name}, one token": lambda n=new, k=keys, v=values: _append.append_tokens(k, v, *n[1:], 256, "triton"),
             f"{name}, decode": lambda n=new, k=keys, v=values, p=positions: _decode.decode_attention(
-                n[0], k, v, p, 512, 513, use="triton"
+                n[0], k, v, p, 512, 513, kernel="triton"
             ),
             f"{name}, decode with padding": lambda n=new, k=keys, v=values, p=positions: _decode.decode_attention(
-                n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), use="triton"
+                n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), kernel="triton"
             ),
         }
         for tiling in _attend.tilings(q, v, None):
@@ -108,8 +108,8 @@ def cases() -> dict[str, Callable[[], object]]:
         made[f"{name}, causal, all queries"] = attend(q, None, True, True, best)
     for n in (1024, 8192, 16384, 32768):
         scores, seen = torch.rand(1, 1, n), torch.ones(1, n)
-        made[f"{n} tokens"] = lambda s=scores, v=seen: _select.select_tokens(s, v, tau=0.5, use="triton")
-        made[f"{n} tokens, ratio"] = lambda s=scores, v=seen: _select.select_tokens(s, v, keep_ratio=0.5, use="triton")
+        for name, rule in ((f"{n} tokens", {"tau": 0.5}), (f"{n} tokens, ratio", {"keep_ratio": 0.5})):
+            made[name] = lambda s=scores, v=seen, r=rule: _select.select_tokens(s, v, kernel="triton", **r)
     return made
 
 

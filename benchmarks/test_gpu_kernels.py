@@ -97,8 +97,8 @@ def test_selection(n, rule):
 
     scores = token_scores(q, k)
     positions = select_tokens(*scores, **rule)
-    assert torch.equal(positions, select_tokens(*scores, **rule, use="torch"))
-    same(scores[0], token_scores(q, k, use="torch")[0])
+    assert torch.equal(positions, select_tokens(*scores, **rule, kernel="torch"))
+    same(scores[0], token_scores(q, k, kernel="torch")[0])
     parts = {
         "scores + selection + gather": select,
         "scores": lambda: token_scores(q, k),
@@ -122,13 +122,13 @@ def test_decode_attention(batch, kv_heads):
     q = draw(batch, HEADS, 1, WIDTH)
     keys, values = (draw(batch, kv_heads, kept + 1000, WIDTH, seed=i) for i in (1, 2))
     positions = torch.arange(kept, device="cuda").repeat(batch, 1, 1)
-    expected = decode_attention(q, keys, values, positions, prompt, n, use="torch")
-    same(decode_attention(q, keys, values, positions, prompt, n, use="triton"), expected)
+    expected = decode_attention(q, keys, values, positions, prompt, n, kernel="torch")
+    same(decode_attention(q, keys, values, positions, prompt, n, kernel="triton"), expected)
     source = torch.empty(1 << 29, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     times = device_times({
-        "triton": lambda: decode_attention(q, keys, values, positions, prompt, n, use="triton"),
-        "torch": lambda: decode_attention(q, keys, values, positions, prompt, n, use="torch"),
+        "triton": lambda: decode_attention(q, keys, values, positions, prompt, n, kernel="triton"),
+        "torch": lambda: decode_attention(q, keys, values, positions, prompt, n, kernel="torch"),
         "copy": lambda: target.copy_(source),
     })  # fmt: skip
     copied = 2 * source.nbytes / times["copy"]

@@ -45,9 +45,9 @@ def _append_kernel(
 
 @torch.library.triton_op("zipvl::append_tokens", mutates_args=("keys", "values"))
 def _append_tokens(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, use: str = "auto"
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel_: str = "auto"
 ) -> None:
-    if not (use_triton("append_tokens", use, keys, values) and keys.stride(-1) == values.stride(-1) == 1):
+    if not (use_triton("append_tokens", kernel_, keys, values) and keys.stride(-1) == values.stride(-1) == 1):
         torch.ops.zipvl.append_tokens_torch(keys, values, k, v, at)
         return
     if not is_traced(keys):
@@ -75,7 +75,7 @@ def _check(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.T
 
 
 def append_tokens(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, use: str = "auto"
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel: str = "auto"
 ) -> None:
     """Write new tokens into the cache buffers, in place.
 
@@ -83,9 +83,9 @@ def append_tokens(
         keys, values: buffers `[B, Hkv, capacity, D]` and `[B, Hkv, capacity, Dv]`.
         k, v: new tokens `[B, Hkv, m, D]` and `[B, Hkv, m, Dv]`.
         at: first row to write, in tokens.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Raises:
         ValueError: the buffers have no room; nothing was written then.
     """
-    torch.ops.zipvl.append_tokens(keys, values, k, v, at, use)
+    torch.ops.zipvl.append_tokens(keys, values, k, v, at, kernel)

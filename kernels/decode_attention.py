@@ -1,6 +1,6 @@
 """Attention of new tokens over the compacted cache.
 
-    keys = [K[T]; later keys],  the i-th of them at logical position  T_i  for i < P,  prompt + i - P  after that
+    keys = [K[T]; later keys],  the i-th of them at logical position  T_i  for i < P,  prompt_length + i - P  after that
     o = softmax(cap(scale * q . keys^T) + mask[:, positions]) values
 
 On a GPU parallel programs read parts of the keys (flash-decoding), and a second kernel joins the parts. The query heads
@@ -27,27 +27,27 @@ PROGRAMS = 1024  # enough to fill a large GPU several times
 MAX_SPLITS = 64
 
 
-def cached_positions(positions: torch.Tensor, prompt: int, n: int) -> torch.Tensor:
+def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
     """Return where every cached token stands in the sequence.
 
     Args:
         positions: int64 `[B, G, P]` of the kept prompt tokens.
-        prompt: prompt length in tokens.
+        prompt_length: in tokens.
         n: logical length in tokens.
 
     Returns:
-        int64 `[B, G, P + n - prompt]`, ascending.
+        int64 `[B, G, P + n - prompt_length]`, ascending.
     """
-    later = torch.arange(prompt, n, device=positions.device).expand(*positions.shape[:2], -1)
+    later = torch.arange(prompt_length, n, device=positions.device).expand(*positions.shape[:2], -1)
     return torch.cat([positions, later], dim=2)
 
 
 def _check(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
     mask: torch.Tensor | None,
 ) -> None:  # fmt: skip
     check_positions("decode_attention", positions, q.shape[0], keys.shape[1])
-    length = positions.shape[2] + n - prompt
+    length = positions.shape[2] + n - prompt_length
     if not 0 < length <= keys.shape[2]:
         fail("decode_attention", "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
     check_attention_inputs("decode_attention", q, keys[:, :, :length], values[:, :, :length])
@@ -60,12 +60,12 @@ def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("zipvl::decode_attention_torch", mutates_args=())
 def _decode_torch(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
     mask: torch.Tensor | None, scale: float | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    _check(q, keys, values, positions, prompt, n, mask)
+    _check(q, keys, values, positions, prompt_length, n, mask)
     batch, heads, m, _ = q.shape
-    kv_heads, length = keys.shape[1], positions.shape[2] + n - prompt
+    kv_heads, length = keys.shape[1], positions.shape[2] + n - prompt_length
     k, v = keys[:, :, :length], values[:, :, :length]
     out = _empty_output(q, values)
     if out.numel() == 0:
@@ -75,21 +75,21 @@ def _decode_torch(
         packed = q.reshape(batch, kv_heads, heads // kv_heads * m, q.shape[3])
         result = dense_attention(packed, k, v, None, False, scale, softcap)
         return out.copy_(result.reshape(batch, heads, m, v.shape[3]))
-    where = cached_positions(positions, prompt, n)
+    where = cached_positions(positions, prompt_length, n)
     where = where if where.shape[1] == 1 else per_head(where, heads)
     bias = take(mask, batch, None, where)  # [B, 1 or Hq, m, length]
     return out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
 
 
 @_decode_torch.register_fake
-def _(q, keys, values, positions, prompt, n, mask, scale, softcap):
+def _(q, keys, values, positions, prompt_length, n, mask, scale, softcap):
     return _empty_output(q, values)
 
 
 @triton.jit
 def _decode_kernel(
-    q, keys, values, positions, mask, partial, tops, totals, P, prompt, length, part, m, scale, softcap, hidden_below,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    q, keys, values, positions, mask, partial, tops, totals, P, prompt_length, length, part, m, scale, softcap,
+    hidden_below, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, D, DV,
     KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr,
     ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -124,7 +124,7 @@ def _decode_kernel(
         pointers = mask
         if MASK != 0:  # the mask knows tokens by where they stand in the sequence
             kept = tl.load(positions + column, mask=column < P, other=0)
-            where = tl.where(column < P, kept, wide - P + prompt)
+            where = tl.where(column < P, kept, wide - P + prompt_length)
             if ROW:
                 pointers = mask + where * stride_mk
             else:
@@ -165,17 +165,18 @@ def _join_kernel(
 
 @torch.library.triton_op("zipvl::decode_attention", mutates_args=())
 def _decode_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt: int, n: int,
-    mask: torch.Tensor | None, scale: float | None, softcap: float | None, use: str = "auto",
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None, kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    if not use_triton("decode_attention", use, q, keys, values):
-        return torch.ops.zipvl.decode_attention_torch(q, keys, values, positions, prompt, n, mask, scale, softcap)
+    if not use_triton("decode_attention", kernel_, q, keys, values):
+        arguments = (q, keys, values, positions, prompt_length, n, mask, scale, softcap)
+        return torch.ops.zipvl.decode_attention_torch(*arguments)
     if not is_traced(q):
-        _check(q, keys, values, positions, prompt, n, mask)
+        _check(q, keys, values, positions, prompt_length, n, mask)
     q, keys, values = (tiles.unit_stride(x) for x in (q, keys, values))
     positions = positions.contiguous()
     (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
-    length = positions.shape[2] + n - prompt
+    length = positions.shape[2] + n - prompt_length
     rows = heads // kv_heads * m
     block_d, block_dv = tiles.head_blocks(width), tiles.head_blocks(width_v)
     row_bytes = max(block_d, block_dv) * q.element_size()
@@ -187,10 +188,10 @@ def _decode_attention(
     tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
     out = _empty_output(q, values)
     launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
-        q, keys, values, positions, partial=partial, tops=tops, totals=totals, P=positions.shape[2], prompt=prompt,
-        length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0,
-        **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width, DV=width_v,
-        KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
+        q, keys, values, positions, partial=partial, tops=tops, totals=totals, P=positions.shape[2],
+        prompt_length=prompt_length, length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale,
+        softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width,
+        DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
         BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
         num_stages=tiles.pipelined(3),
     )  # fmt: skip
@@ -206,13 +207,13 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    prompt: int,
+    prompt_length: int,
     n: int,
     mask: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    use: str = "auto",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend from new tokens to the compacted cache, whose last tokens they are.
 
@@ -220,12 +221,12 @@ def decode_attention(
         q: queries of the new tokens `[B, Hq, m, D]`.
         keys, values: buffers `[B, Hkv, capacity, D]` and `[B, Hkv, capacity, Dv]`.
         positions: int64 `[B, G, P]` of the kept prompt tokens.
-        prompt: prompt length in tokens.
-        n: logical length in tokens; the buffers hold `P + n - prompt` of them.
+        prompt_length: in tokens.
+        n: logical length in tokens; the buffers hold `P + n - prompt_length` of them.
         mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m or 1, n]`; None shows everything.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, Hq, m, Dv]`, token-major in memory.
@@ -235,4 +236,4 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt, n, mask, scale, softcap, use)
+    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt_length, n, mask, scale, softcap, kernel)

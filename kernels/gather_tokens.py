@@ -2,10 +2,8 @@
 
     out[b, h, i] = x[b, h, positions[b, g(h), i]]        for i < P;  0 in the `spare` rows after that
 
-The copy is what frees memory: nothing of the full-length tensor stays alive.
-`with_room` copies what was computed for the kept tokens only, and all of them where a layer keeps every token.
-`token_positions` is the marker that stands for "all tokens" until a pass puts a selection in its place. Both become
-PyTorch's own operations when a graph is compiled, so that Inductor fuses them with what comes before.
+The copy is what frees memory: nothing of the full-length tensor stays alive. `gather_kv` does it for keys and values in
+one launch.
 
 Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
 """
@@ -22,19 +20,6 @@ from zipvl_compile.kernels.common.tiles import unit_stride
 from zipvl_compile.kernels.common.token_copies import take_rows
 
 ROWS = 32  # tokens that one program copies
-
-
-torch.library.define("zipvl::token_positions", "(Tensor k) -> Tensor")
-
-
-@torch.library.impl("zipvl::token_positions", "CompositeImplicitAutograd")
-def _token_positions(k: torch.Tensor) -> torch.Tensor:
-    return torch.arange(k.shape[2], device=k.device).repeat(k.shape[0], 1, 1)
-
-
-def token_positions(k: torch.Tensor) -> torch.Tensor:
-    """Return the positions of every token of `k [B, Hkv, n, D]`: int64 `[B, 1, n]`, 0 to n - 1."""
-    return torch.ops.zipvl.token_positions(k)
 
 
 @triton.jit
@@ -91,10 +76,10 @@ def _gather_torch(x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -
 
 
 @torch.library.custom_op("zipvl::gather_tokens", mutates_args=())
-def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: str = "auto") -> torch.Tensor:
+def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, kernel_: str = "auto") -> torch.Tensor:
     _check("x", x, positions)
     out = _buffer(x, positions, spare)
-    if out.numel() and use_triton("gather_tokens", use, x):
+    if out.numel() and use_triton("gather_tokens", kernel_, x):
         _gather_triton(x, None, positions, out, None)
     else:
         _gather_torch(x, positions, out)
@@ -103,14 +88,14 @@ def _gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int, use: st
 
 @torch.library.custom_op("zipvl::gather_kv", mutates_args=())
 def _gather_kv(
-    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int, use: str = "auto"
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int, kernel_: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check("k", k, positions)
     _check("v", v, positions)
     if v.shape[:3] != k.shape[:3]:
         fail("gather_kv", "v", f"batch, heads and tokens {list(k.shape[:3])}, like k", list(v.shape), "Pair k with v.")
     keys, values = _buffer(k, positions, spare), _buffer(v, positions, spare)
-    if keys.numel() and values.numel() and use_triton("gather_kv", use, k, v):
+    if keys.numel() and values.numel() and use_triton("gather_kv", kernel_, k, v):
         _gather_triton(k, v, positions, keys, values)
     else:
         _gather_torch(k, positions, keys)
@@ -129,23 +114,23 @@ def _buffer(x: torch.Tensor, positions: torch.Tensor, spare: int) -> torch.Tenso
 
 
 @_gather_tokens.register_fake
-def _(x, positions, spare, use="auto"):
+def _(x, positions, spare, kernel_="auto"):
     return _buffer(x, positions, spare)
 
 
 @_gather_kv.register_fake
-def _(k, v, positions, spare, use="auto"):
+def _(k, v, positions, spare, kernel_="auto"):
     return _buffer(k, positions, spare), _buffer(v, positions, spare)
 
 
-def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, use: str = "auto") -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto") -> torch.Tensor:
     """Copy the tokens at `positions` into a new contiguous buffer.
 
     Args:
         x: keys or values `[B, H, n, D]`.
         positions: int64 `[B, G, P]`, each in [0, n); `G` divides `H`.
         spare: rows of zeros after the kept ones, in tokens.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, H, P + spare, D]`, same dtype.
@@ -153,37 +138,11 @@ def gather_tokens(x: torch.Tensor, positions: torch.Tensor, spare: int = 0, use:
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a position outside [0, n).
     """
-    return torch.ops.zipvl.gather_tokens(x, positions, spare, use)
+    return torch.ops.zipvl.gather_tokens(x, positions, spare, kernel)
 
 
 def gather_kv(
-    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int = 0, use: str = "auto"
+    k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spare: int = 0, kernel: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do `gather_tokens` for keys `[B, H, n, D]` and values `[B, H, n, Dv]` at once, in one launch."""
-    return torch.ops.zipvl.gather_kv(k, v, positions, spare, use)
-
-
-torch.library.define("zipvl::with_room", "(Tensor x, SymInt spare) -> Tensor")
-
-
-@torch.library.impl("zipvl::with_room", "CompositeImplicitAutograd")
-def _with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
-    if x.dim() != 4:
-        fail("with_room", "x", "a [batch, heads, tokens, head_dim] tensor", list(x.shape), "Reshape it.")
-    return torch.cat([x, x.new_zeros(x.shape[0], x.shape[1], spare, x.shape[3])], 2)
-
-
-def with_room(x: torch.Tensor, spare: int) -> torch.Tensor:
-    """Copy keys or values of the kept tokens into a buffer with spare room.
-
-    Args:
-        x: `[B, H, P, D]`.
-        spare: rows of zeros after the kept ones, in tokens.
-
-    Returns:
-        `[B, H, P + spare, D]`, same dtype.
-
-    Raises:
-        ValueError: x of another rank.
-    """
-    return torch.ops.zipvl.with_room(x, spare)
+    return torch.ops.zipvl.gather_kv(k, v, positions, spare, kernel)

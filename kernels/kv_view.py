@@ -18,24 +18,24 @@ UNREADABLE = (
 
 
 @torch.library.custom_op("zipvl::kv_view", mutates_args=())
-def _kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt: int, n: int) -> torch.Tensor:
-    if positions.shape[2] != prompt:
-        raise RuntimeError(UNREADABLE.format(why=f"It holds {positions.shape[2]} of {prompt} prompt tokens."))
+def _kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
+    if positions.shape[2] != prompt_length:
+        raise RuntimeError(UNREADABLE.format(why=f"It holds {positions.shape[2]} of {prompt_length} prompt tokens."))
     return buffer[:, :, :n].clone()
 
 
 @_kv_view.register_fake
-def _(buffer, positions, prompt, n):
+def _(buffer, positions, prompt_length, n):
     return buffer.new_empty(buffer.shape[0], buffer.shape[1], n, buffer.shape[3])
 
 
-def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt: int, n: int) -> torch.Tensor:
+def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
     """Return a cache buffer at its logical length.
 
     Args:
         buffer: keys or values `[B, Hkv, capacity, D]`: kept prompt tokens, then every later token.
         positions: int64 `[B, G, P]`, where the kept prompt tokens stood.
-        prompt: length of the prompt in tokens.
+        prompt_length: in tokens.
         n: logical length, prompt and later tokens.
 
     Returns:
@@ -44,4 +44,4 @@ def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt: int, n: int) 
     Raises:
         RuntimeError: tokens were dropped, so that no tensor of that length exists.
     """
-    return torch.ops.zipvl.kv_view(buffer, positions, prompt, n)
+    return torch.ops.zipvl.kv_view(buffer, positions, prompt_length, n)

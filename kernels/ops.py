@@ -10,11 +10,15 @@ OPERATORS = (
     "append_tokens",
     "decode_attention",
     "gather_tokens",
+    "hiding_rows",
     "kv_view",
     "probe_rows",
     "select_tokens",
     "sparse_attention",
+    "token_positions",
     "token_scores",
+    "token_scores_torch",
+    "with_room",
 )
 
 for _operator in OPERATORS:

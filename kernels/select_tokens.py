@@ -1,7 +1,11 @@
 """Which tokens a layer keeps.
 
     p_b = fewest tokens whose largest accumulated scores add up to >= tau * total_b,       p = max_b p_b
-    kept_b = the p tokens with the largest accumulated / visible, the newest ones always, sorted by position
+    P = min(n, p + keep_recent - 1)
+    kept_b = the keep_recent newest tokens, and those with the largest accumulated / visible up to P, sorted by position
+
+The newest token takes one place of `p`. Further protected tokens come on top: inside `p`, 64 of them would displace the
+attention sink.
 
 `p` is data-dependent, so the size of the result is an unbacked symbol; with `keep_ratio`, or `tau = 1`, it is a
 plain function of `n` and the host never waits for the device.
@@ -31,10 +35,10 @@ STEP = 8192  # scores at a time where a running count is needed, which goes thro
 
 
 def kept_count(n, keep_ratio: float, keep_recent: int):
-    """Return `ceil(keep_ratio * n)`, from `keep_recent` to `n`; `n` may be a symbolic size (tokens)."""
+    """Return P for `p = max(1, ceil(keep_ratio * n))`; `n` may be a symbolic size (tokens)."""
     ratio = Fraction(keep_ratio).limit_denominator(1_000_000)  # integer arithmetic: symbolic sizes have no ceil
     count = (n * ratio.numerator + ratio.denominator - 1) // ratio.denominator
-    return torch.sym_min(torch.sym_max(count, keep_recent), n)
+    return torch.sym_min(torch.sym_max(count, 1) + keep_recent - 1, n)
 
 
 def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
@@ -48,7 +52,7 @@ def _fewest_tokens(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def _best_tokens(accumulated: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int) -> torch.Tensor:
-    """Return the positions of the p best tokens, ascending: int64 `[B, G, p]`."""
+    """Return the positions of the newest tokens and of the best others, p in all, ascending: int64 `[B, G, p]`."""
     normalised = accumulated / visible.clamp(min=1).unsqueeze(1)
     # The newest visible tokens, counted from the end: with right padding they are not the last columns.
     shown = visible > 0
@@ -193,7 +197,7 @@ def _select_tokens(
     tau: float,
     keep_ratio: float | None,
     keep_recent: int,
-    use: str = "auto",
+    kernel_: str = "auto",
 ) -> torch.Tensor:
     if accumulated.dim() != 3 or visible.dim() != 2 or accumulated.shape[::2] != visible.shape:
         fail(
@@ -201,21 +205,21 @@ def _select_tokens(
             f"{list(accumulated.shape)}, {list(visible.shape)}", "Pass what token_scores returned.",
         )  # fmt: skip
     batch, groups, n = accumulated.shape
-    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", use, accumulated, visible)
+    on_triton = accumulated.numel() > 0 and use_triton("select_tokens", kernel_, accumulated, visible)
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
     elif tau >= 1.0 or accumulated.numel() == 0:
         p = n
     else:
         counts = (_fewest_tokens_triton if on_triton else _fewest_tokens)(accumulated, tau)
-        p = min(max(int(counts.max()), keep_recent), n)  # the one host read
+        p = min(int(counts.max()) + keep_recent - 1, n)  # the one host read
     if p == n:
         return torch.arange(n, device=accumulated.device).repeat(batch, groups, 1)
     return (_best_tokens_triton if on_triton else _best_tokens)(accumulated, visible, p, keep_recent)
 
 
 @_select_tokens.register_fake
-def _(accumulated, visible, tau, keep_ratio, keep_recent, use="auto"):
+def _(accumulated, visible, tau, keep_ratio, keep_recent, kernel_="auto"):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
         p = kept_count(n, keep_ratio, keep_recent)
@@ -233,7 +237,7 @@ def select_tokens(
     tau: float = 0.975,
     keep_ratio: float | None = None,
     keep_recent: int = 1,
-    use: str = "auto",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens to keep.
 
@@ -242,12 +246,13 @@ def select_tokens(
         visible: `[B, n]` number of probe rows that may see each token.
         tau: fraction of the accumulated score to keep, in (0, 1]; 1 keeps every token.
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
-        keep_recent: newest visible tokens that are always kept.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        keep_recent: newest visible tokens that are always kept. One takes a place of those that `tau` or
+            `keep_ratio` asks for, the others come on top.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
-        int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs; the others keep their
-        next best tokens. A non-finite score keeps every token.
+        int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs, and `keep_recent - 1`; the
+        others keep their next best tokens. A non-finite score keeps every token.
 
     Raises:
         ValueError: scores whose shapes do not fit, or fractions outside (0, 1].
@@ -259,4 +264,4 @@ def select_tokens(
             fail("select_tokens", name, "a fraction in (0, 1]", value, "Use 1.0 to keep every token.")
     if keep_recent < 1:
         fail("select_tokens", "keep_recent", "at least 1 token", keep_recent, "The newest token must be kept.")
-    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, use)
+    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, kernel)

@@ -4,10 +4,10 @@
     o[b, h, i]   = 0                                                             for i not in T   (queries="selected")
 
 T is ascending, so a causal mask over kept tokens is again a plain causal mask and the work is dense attention
-over p tokens. With `all_queries`, every query attends to the kept keys that it may see.
+over p tokens. With queries="all", every query attends to the kept keys that it may see.
 
 The Triton kernel reads queries and writes results through T, and writes the zeros of the other rows in the same pass.
-The alternative gathers the queries and hands dense tensors to PyTorch; `use="auto"` measures both per kind of shape.
+The alternative gathers the queries and hands dense tensors to PyTorch; `kernel="auto"` measures both per kind of shape.
 
 Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 """
@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zipvl_compile.kernels.common import autotune as fastest
-from zipvl_compile.kernels.common import tiles
+from zipvl_compile.kernels.common import autotune, tiles
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.common.dispatch import launchable, use_triton
 from zipvl_compile.kernels.common.masks import take
@@ -191,15 +190,17 @@ def _attend_triton(
 @torch.library.custom_op("zipvl::sparse_attention", mutates_args=())
 def _sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
-    is_causal: bool, scale: float | None, softcap: float | None, all_queries: bool, use: str = "auto",
+    is_causal: bool, scale: float | None, softcap: float | None, queries: str, kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
+    if queries not in ("selected", "all"):
+        fail("sparse_attention", "queries", '"selected" or "all"', repr(queries), 'Use "selected".')
     batch, _, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
     if mask is not None and mask.shape[0] == 0:  # what hiding_rows gives for a mask that hides nothing
         mask = None
     n = m if mask is None or m != p else mask.shape[-1]  # queries of the kept tokens only may come with a full mask
-    if all_queries and m != n:
+    if queries == "all" and m != n:
         fail("sparse_attention", "q", f"{n} tokens, like the mask", m, "Pass the queries of every token.")
     rows = min(k.shape[2], v.shape[2])
     if rows < p:
@@ -210,25 +211,25 @@ def _sparse_attention(
     check_mask("sparse_attention", mask, q, n, n)
     if q.numel() == 0 or v.numel() == 0:
         return empty_output(q, v).zero_()
-    arguments = (q, k, v, positions, mask, is_causal, scale, softcap, all_queries and p < n)
-    if not use_triton("sparse_attention", use, q, k, v):
+    arguments = (q, k, v, positions, mask, is_causal, scale, softcap, queries == "all" and p < n)
+    if not use_triton("sparse_attention", kernel_, q, k, v):
         return attend_torch(*arguments)
-    candidates: fastest.Candidates = {
+    candidates: autotune.Candidates = {
         f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tilings(q, v, mask)
     }
-    if use == "triton":
+    if kernel_ == "triton":
         return next(iter(candidates.values()))()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
-    shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], fastest.bucket(p), fastest.bucket(m))
+    shape = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], autotune.bucket(p), autotune.bucket(m))
     key = ("sparse_attention", q.device, q.dtype, shape, kind, is_causal, softcap is None, arguments[8])
     candidates["torch"] = functools.partial(attend_torch, *arguments)
     if mask is None and is_causal and softcap is None and not arguments[8]:
         candidates["cudnn"] = functools.partial(attend_cudnn, q, *buffers, positions, scale)
-    return fastest.run(key, candidates)
+    return autotune.run(key, candidates, q.device)
 
 
 @_sparse_attention.register_fake
-def _(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, use="auto"):
+def _(q, k, v, positions, mask, is_causal, scale, softcap, queries, kernel_="auto"):
     return empty_output(q, v)
 
 
@@ -242,8 +243,8 @@ def sparse_attention(
     is_causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
-    all_queries: bool = False,
-    use: str = "auto",
+    queries: str = "selected",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend among the kept tokens and write the results to their rows.
 
@@ -257,8 +258,8 @@ def sparse_attention(
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
-        all_queries: give every query, not only the kept ones, its attention output.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        queries: whose attention output there is, that of the "selected" (kept) tokens or of "all".
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         `[B, Hq, n, Dv]`, token-major in memory; zero rows for tokens without attention output. `[B, Hq, P, Dv]` for
@@ -269,4 +270,4 @@ def sparse_attention(
 
     Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
     """
-    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, all_queries, use)
+    return torch.ops.zipvl.sparse_attention(q, k, v, positions, mask, is_causal, scale, softcap, queries, kernel)

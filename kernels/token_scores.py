@@ -4,9 +4,9 @@
     accumulated[b,g,j] = mean_{h in g} sum_{i in R} A[b,h,i,j]                 sums to the valid probe rows
     visible[b,j]       = number of rows in R that may see token j              (nnz in the paper)
 
-`cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one. R is the `recent` newest rows
-and `random` rows drawn, seeded, from the others. `accumulated / visible` is the normalised score, which does not favour
-old tokens only because more rows can see them.
+`cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one. R is the `recent_probes` newest
+rows and `random_probes` rows drawn, seeded, from the others. `accumulated / visible` is the normalised score, which
+does not favour old tokens only because more rows can see them.
 
 On a GPU two kernels make two passes over the keys: softmax statistics of every probe row, then column sums. No score is
 ever in memory, and the query heads of one KV head share the keys that they read. Inductor compiles the kernels with the
@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.kernels import token_scores_torch as _torch  # noqa: F401  (registers the operator)
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
 from zipvl_compile.kernels.common.masks import rows_that_see
@@ -36,6 +35,8 @@ from zipvl_compile.kernels.common.tiles import (
     strides,
     unit_stride,
 )  # fmt: skip
+from zipvl_compile.kernels.probe_rows import probe_positions
+from zipvl_compile.kernels.token_scores_torch import token_scores_torch
 
 MAX_SPLITS = 32  # parts of the keys that are read in parallel
 PROGRAMS = 1024  # enough to fill a large GPU several times
@@ -169,18 +170,19 @@ def _tiling(dtype: torch.dtype, block_d: int, rows: int) -> dict[str, int]:
 @torch.library.triton_op("zipvl::token_scores", mutates_args=())
 def _token_scores(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent: int, random: int, seed: int, groups: int, use: str = "auto",
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int, kernel_: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if not is_traced(q):
-        _check(q, k, mask, recent, random, groups)
+        _check(q, k, mask, recent_probes + random_probes, groups)
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
-    if not use_triton("token_scores", use, q, k) or q.numel() == 0 or k.numel() == 0:
-        return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups)
+    if not use_triton("token_scores", kernel_, q, k) or q.numel() == 0 or k.numel() == 0:
+        probes = (recent_probes, random_probes, seed)
+        return token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups)
     q, k = unit_stride(q), unit_stride(k)
-    rows = torch.ops.zipvl.probe_positions(k, recent, random, seed)
+    rows = probe_positions(k, recent_probes, random_probes, seed)
     factor, m = query_heads // kv_heads, rows.shape[0]
     block_d = head_blocks(width)
-    tiling = _tiling(q.dtype, block_d, factor * (recent + random))
+    tiling = _tiling(q.dtype, block_d, factor * (recent_probes + random_probes))
     block_n = tiling["BLOCK_N"]
     blocks = (factor * m + tiling["BLOCK_M"] - 1) // tiling["BLOCK_M"]
     splits = torch.sym_min(torch.sym_max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
@@ -213,13 +215,13 @@ def _holds_probes_only(given, n, m) -> bool:
     return statically_known_true(given == m) or bool(given != n)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, recent: int, random: int, groups: int) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, probes: int, groups: int) -> None:
     check_attention_inputs("token_scores", q, k, None)
     given, kv_heads, n = q.shape[2], k.shape[1], k.shape[2]
     check_mask("token_scores", mask, q, n, n)
-    if given not in (n, min(n, recent + random)):
+    if given not in (n, min(n, probes)):
         fail(
-            "token_scores", "q", f"{n} tokens, like k, or the {min(n, recent + random)} probe rows", given,
+            "token_scores", "q", f"{n} tokens, like k, or the {min(n, probes)} probe rows", given,
             "Only a prefill of a whole prompt is scored.",
         )  # fmt: skip
     if kv_heads % groups != 0:
@@ -234,11 +236,11 @@ def token_scores(
     is_causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
-    recent: int = 64,
-    random: int = 64,
+    recent_probes: int = 64,
+    random_probes: int = 64,
     seed: int = 0,
     groups: int = 1,
-    use: str = "auto",
+    kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure every token's accumulated attention score on the probe rows.
 
@@ -249,9 +251,9 @@ def token_scores(
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
-        recent, random, seed: the probe rows, see `probe_rows`.
+        recent_probes, random_probes, seed: the probe rows, see `probe_rows`.
         groups: 1 averages all heads, `Hkv` keeps a score per KV head.
-        use: "auto", "triton" or "torch", see `dispatch.use_triton`.
+        kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
         accumulated `[B, groups, n]` and visible `[B, n]` (probe rows that may see the token), fp32 (fp64 for fp64).
@@ -261,4 +263,5 @@ def token_scores(
 
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
-    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups, use)
+    probes = (recent_probes, random_probes, seed)
+    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, *probes, groups, kernel)

@@ -31,10 +31,10 @@ class _Block:
 
 @functools.lru_cache(maxsize=64)
 def _blocks(
-    n: int, recent: int, random: int, seed: int, device: torch.device, is_causal: bool, step: int
+    n: int, recent_probes: int, random_probes: int, seed: int, device: torch.device, is_causal: bool, step: int
 ) -> list[_Block]:
     """Return the probe rows in blocks of `step`: equal for all layers of a model."""
-    rows = cached_probe_rows(n, recent, random, seed, device)
+    rows = cached_probe_rows(n, recent_probes, random_probes, seed, device)
     limits, blocks = rows.tolist(), []
     for start in range(0, len(limits), step):
         block = slice(start, min(start + step, len(limits)))
@@ -63,9 +63,9 @@ def _mask_of(mask: torch.Tensor, block: _Block, is_causal: bool) -> _BlockMask:
 @torch.library.custom_op("zipvl::token_scores_torch", mutates_args=())
 def _scores_torch(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent: int, random: int, seed: int, groups: int,
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    rows = cached_probe_rows(k.shape[2], recent, random, seed, q.device)  # [m]
+    rows = cached_probe_rows(k.shape[2], recent_probes, random_probes, seed, q.device)  # [m]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     (batch, query_heads, given, _), (_, kv_heads, n, _), m = q.shape, k.shape, rows.numel()
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -73,7 +73,7 @@ def _scores_torch(
     probes = (q.index_select(2, rows) if given == n else q).to(dtype) * scale  # [B, Hq, m, D]
     factor = query_heads // kv_heads
     step = max(max(BLOCK_SCORES // max(n, 1), LEAST_ROWS) // factor, 1)
-    blocks = _blocks(n, recent, random, seed, q.device, is_causal, step)
+    blocks = _blocks(n, recent_probes, random_probes, seed, q.device, is_causal, step)
     space = probes.new_empty(min(step, m) * factor * n)
     for b in range(batch):
         shared: dict[int, _BlockMask] = {}  # by block, of a mask that is the same for all heads
@@ -110,7 +110,16 @@ def _scores_torch(
 
 
 @_scores_torch.register_fake
-def _(q, k, mask, is_causal, scale, softcap, recent, random, seed, groups):
+def _(q, k, mask, is_causal, scale, softcap, recent_probes, random_probes, seed, groups):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, n = q.shape[0], k.shape[2]
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
+
+
+def token_scores_torch(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return what `token_scores` returns, for inputs that it has checked."""
+    probes = (recent_probes, random_probes, seed)
+    return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups)

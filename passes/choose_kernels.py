@@ -1,6 +1,6 @@
 """Write the user's choice of kernels into every operator of this package that has one.
 
-    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., kernel="torch")
+    sparse_attention(q, k, v, ...)      becomes      sparse_attention(q, k, v, ..., kernel_="torch")
 
 The choice is part of the graph, so that compiled graphs that are cached on disk cannot be mixed up.
 """
@@ -18,4 +18,4 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Set `kernel`, "auto", "triton" or "torch", on every operator of `graph` that has it."""
     for node in graph.nodes:
         if has_kernels(node):
-            node.update_kwarg("kernel", settings.kernel)
+            node.update_kwarg("kernel_", settings.kernel)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import statistics
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
+from triton.errors import TritonError
 
 log = logging.getLogger("zipvl_compile")
 Candidates = dict[str, Callable[[], torch.Tensor]]
@@ -27,52 +27,71 @@ def bucket(tokens: int) -> int:
     return power * 3 // 4 if tokens <= power * 3 // 4 else power
 
 
-def run(key: Hashable, candidates: Candidates) -> torch.Tensor:
+def run(key: Hashable, candidates: Candidates, device: torch.device) -> torch.Tensor:
     """Run the fastest candidate; the first call with `key` measures them all.
 
-    A candidate that cannot take the inputs is left out. While a CUDA graph is captured nothing can be measured: then
-    the first candidate runs and nothing is remembered.
+    While a CUDA graph is captured nothing can be measured: then the first candidate runs and nothing is remembered.
+
+    Args:
+        key: what kind of inputs these are, the device included.
+        candidates: by name, each a call on the same inputs; the best guess first.
+        device: of the inputs, which need not be the current one.
+
+    Raises:
+        Exception: what the first candidate raises, where none can take the inputs.
     """
-    winner = _winners.get(key)
-    if winner is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return next(iter(candidates.values()))()
-    if winner is None:
-        times = measure(candidates)
-        if not times:
-            return next(iter(candidates.values()))()  # raises what it raised before
-        winner = _winners[key] = min(times, key=times.__getitem__)
-        log.info("zipvl: %s: %s of %s", key, winner, {name: f"{t * 1e3:.3f} ms" for name, t in times.items()})
-    return candidates[winner]()
+    if key not in _winners and not _is_captured(device):
+        times = measure(candidates, device)
+        if times:
+            winner = _winners[key] = min(times, key=times.__getitem__)
+            log.info("zipvl: %s: %s of %s", key, winner, {name: f"{t * 1e3:.3f} ms" for name, t in times.items()})
+    return candidates[_winners.get(key, next(iter(candidates)))]()
 
 
-def measure(candidates: Candidates) -> dict[str, float]:
-    """Return the median time in seconds of every candidate that runs; they run in turn, after one warm-up each."""
-    times: dict[str, list[float]] = {}
-    for name, candidate in candidates.items():
-        # "No available kernel": this backend does not take these inputs, and warns of each reason.
-        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            candidate()
-            times[name] = []
-    for _ in range(ROUNDS):
-        for name, taken in times.items():
-            with _timer() as milliseconds:
-                candidates[name]()
-            taken.append(milliseconds() / 1e3)
-    return {name: statistics.median(taken) if taken else math.inf for name, taken in times.items()}
+def measure(candidates: Candidates, device: torch.device) -> dict[str, float]:
+    """Return the median time in seconds of every candidate that runs; they run in turn, after one warm-up each.
+
+    A candidate that cannot take the inputs, or for which there is not enough memory, is left out.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for warm in (False, *[True] * ROUNDS):
+        for name in list(times):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PyTorch warns of each reason for "No available kernel"
+                    with _timer(device) as milliseconds:
+                        candidates[name]()
+                    taken = milliseconds()
+            except (RuntimeError, TritonError) as error:
+                log.info("zipvl: %s is left out: %s", name, error)
+                del times[name]
+                continue
+            if warm:
+                times[name].append(taken / 1e3)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 @contextlib.contextmanager
-def _timer() -> Iterator[Callable[[], float]]:
+def _timer(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yield what gives the time, in milliseconds, that the body took on the current stream of `device`."""
+    stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds() -> float:
         end.synchronize()
         return start.elapsed_time(end)
 
-    start.record()
+    start.record(stream)
     yield milliseconds
-    end.record()
+    end.record(stream)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Return whether the current stream of `device` is being recorded into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def winners() -> dict[Hashable, str]:

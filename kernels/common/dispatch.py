@@ -1,7 +1,9 @@
 """Which implementation of an operator runs: the Triton kernel, or plain PyTorch.
 
-Every operator takes `use`: "auto" runs Triton on GPUs and PyTorch elsewhere, "torch" always PyTorch, "triton" always
+Every operator takes `kernel`: "auto" runs Triton on GPUs and PyTorch elsewhere, "torch" always PyTorch, "triton" always
 Triton, which on a CPU needs Triton's interpreter (TRITON_INTERPRET=1 before the first import) and is for tests.
+In the operators' schemas it is `kernel_`: Inductor calls what it does not compile as `create(kernel, *args, **kwargs)`,
+where another `kernel` has no place.
 """
 
 from __future__ import annotations
@@ -52,25 +54,25 @@ class _OnDevice:
         return launch
 
 
-def use_triton(operator: str, use: str, *tensors: torch.Tensor) -> bool:
+def use_triton(operator: str, kernel: str, *tensors: torch.Tensor) -> bool:
     """Return whether the Triton kernel of an operator runs.
 
     Args:
         operator: name, for errors.
-        use: "auto", "triton" or "torch".
+        kernel: "auto", "triton" or "torch".
         tensors: what the kernel reads; heads of `[B, H, n, D]` tensors are at most `MAX_HEAD_DIM` wide.
 
     Raises:
         ValueError: an unknown name, or "triton" for what the kernel cannot do.
     """
-    if use not in ("auto", "triton", "torch"):
-        fail(operator, "use", '"auto", "triton" or "torch"', repr(use), 'Use "auto".')
-    if use == "torch":
+    if kernel not in ("auto", "triton", "torch"):
+        fail(operator, "kernel", '"auto", "triton" or "torch"', repr(kernel), 'Use "auto".')
+    if kernel == "torch":
         return False
     reason = _unsupported(tensors)
-    if reason and use == "triton":
-        fail(operator, "use", f'"auto" or "torch" for {reason}', '"triton"', 'Use "auto", which picks per shape.')
-    return not reason and (use == "triton" or tensors[0].is_cuda)
+    if reason and kernel == "triton":
+        fail(operator, "kernel", f'"auto" or "torch" for {reason}', '"triton"', 'Use "auto", which picks per shape.')
+    return not reason and (kernel == "triton" or tensors[0].is_cuda)
 
 
 def _unsupported(tensors: tuple[torch.Tensor, ...]) -> str:

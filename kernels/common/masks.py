@@ -19,25 +19,6 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-@torch.library.custom_op("zipvl::hiding_rows", mutates_args=())
-def _hiding_rows(mask: torch.Tensor) -> torch.Tensor:
-    hides = mask.numel() > 0 and not bool(mask.all())  # the host waits for the device
-    return mask.clone() if hides else mask.new_empty(0, *mask.shape[1:])
-
-
-@_hiding_rows.register_fake
-def _(mask):
-    return mask.new_empty(torch.library.get_ctx().new_dynamic_size(), *mask.shape[1:])
-
-
-def hiding_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a bool `mask [B, ...]` (True = visible), or one of 0 samples, `[0, ...]`, if it hides nothing.
-
-    Attention without a mask has the fastest kernels, and the padding mask of most prompts hides nothing.
-    """
-    return torch.ops.zipvl.hiding_rows(mask)
-
-
 def causal(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return which `columns [..., n]` the query positions `rows [..., m]` see causally: bool `[..., m, n]`."""
     return columns.unsqueeze(-2) <= rows.unsqueeze(-1)

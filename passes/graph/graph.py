@@ -101,7 +101,7 @@ def erase_orphans(nodes: Iterable[Any]) -> None:
 
 def copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     """Return a copy of a graph, and the copy of each of its nodes."""
-    new, nodes = Graph(), {}
+    new, nodes = Graph(), dict[Node, Node]()
     new.graph_copy(graph, nodes)
     output = graph.output_node()
     nodes[output] = new.node_copy(output, lambda node: nodes[node])

@@ -64,12 +64,12 @@ class OpCall:
         self.node.args, self.node.kwargs = self._arguments(), {**self._choice()}
 
     def _arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.names() if name != "kernel")
+        return tuple(getattr(self, name) for name in self.names() if name != "kernel_")
 
     def _choice(self) -> dict[str, str]:
         """Return the implementation as a keyword, where `choose_kernels` has written one."""
-        kernel = getattr(self, "kernel", "auto")
-        return {} if kernel == "auto" else {"kernel": kernel}
+        kernel = getattr(self, "kernel_", "auto")
+        return {} if kernel == "auto" else {"kernel_": kernel}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class TokenScoresCall(OpCall):
     random_probes: int
     seed: int
     groups: int
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class SelectTokensCall(OpCall):
     tau: float
     keep_ratio: float | None
     keep_recent: int
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
     @property
     def scores(self) -> TokenScoresCall:
@@ -125,7 +125,7 @@ class GatherTokensCall(OpCall):
     x: Node
     positions: Node
     spare: Any
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class GatherKVCall(OpCall):
     v: Node
     positions: Node
     spare: Any
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class SparseAttentionCall(OpCall):
     scale: float | Node | None
     softcap: float | None
     queries: str
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class DecodeAttentionCall(OpCall):
     mask: Node | None
     scale: float | Node | None
     softcap: float | None
-    kernel: str = "auto"
+    kernel_: str = "auto"
 
 
 def has_kernels(node: Node) -> bool:
@@ -201,7 +201,7 @@ def has_kernels(node: Node) -> bool:
     overload = getattr(target, "default", target) if node.op == "call_function" else None
     if not isinstance(overload, OpOverload) or overload.namespace != "zipvl":
         return False
-    return any(argument.name == "kernel" for argument in overload._schema.arguments)
+    return any(argument.name == "kernel_" for argument in overload._schema.arguments)
 
 
 def outputs(call: Node, before: Node, count: int = 2) -> list[Node]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
-NATIVE = (torch._C._nn, torch._C._linalg)  # where functions of torch.nn.functional and torch.linalg come from
+NATIVE = (torch._C._nn, torch._C._linalg)  # type: ignore[attr-defined]  # where functions of torch.nn.functional and torch.linalg come from
 # The entry and the exit of a traced vmap; releases differ in what they trace.
 _VMAP = (torch._C._functorch, *filter(None, [getattr(torch._functorch, "predispatch", None)]))
 ADD_BATCH_DIM = tuple(module._add_batch_dim for module in _VMAP if hasattr(module, "_add_batch_dim"))

@@ -29,11 +29,11 @@ def cuda(*tensors):
     return [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
 
 
-def check(operator, *tensors, unit=1.0, where=None, use="triton", **options):
+def check(operator, *tensors, unit=1.0, where=None, kernel="triton", **options):
     """Assert that the kernel errs at most twice as much as PyTorch in the same dtype on the GPU, plus the floor."""
-    got = operator(*cuda(*tensors), use=use, **options).cpu()
-    exact = operator(*map(exactly, tensors), use="torch", **options)
-    plain = operator(*cuda(*tensors), use="torch", **options).cpu()
+    got = operator(*cuda(*tensors), kernel=kernel, **options).cpu()
+    exact = operator(*map(exactly, tensors), kernel="torch", **options)
+    plain = operator(*cuda(*tensors), kernel="torch", **options).cpu()
     assert not got.isnan().any()
     if where is not None:
         got, exact, plain = (x.masked_fill(~where, 0) for x in (got, exact, plain))
@@ -53,7 +53,7 @@ def test_prefill_kernels_on_every_shape(shape, dtype):
     positions = choose(q.shape[0], 1, q.shape[2], p)
     options = {"mask": mask, "is_causal": is_causal}
     check(lambda *x, **o: token_scores(*x, **o)[0], q, k, mask, is_causal=is_causal, unit=float(q.shape[2]))
-    seen = token_scores(*cuda(q, k), **{**options, "mask": cuda(mask)[0]}, use="triton")[1].cpu()
+    seen = token_scores(*cuda(q, k), **{**options, "mask": cuda(mask)[0]}, kernel="triton")[1].cpu()
     assert torch.equal(seen, token_scores(q.float(), k.float(), mask, is_causal=is_causal)[1])
     keys, values = gather_kv(*cuda(k, v, positions), 4, "triton")
     for got, x in ((keys, k), (values, v)):
@@ -61,9 +61,9 @@ def test_prefill_kernels_on_every_shape(shape, dtype):
     kept = [gather_tokens(x, positions) for x in (k, v)]
     shown = torch.ones(()) if mask is None else (exactly(mask) > -torch.inf if mask.is_floating_point() else mask)
     sees = None if mask is None else shown.any(-1, keepdim=True).expand(q.shape[0], q.shape[1], q.shape[2], 1)
-    for every in (False, True):
+    for every in ("selected", "all"):
         if mask is None:  # with a mask, what a query that sees no kept key gets is the interpreted tests' matter
-            check(sparse_attention, q, *kept, positions, None, is_causal=is_causal, all_queries=every)
+            check(sparse_attention, q, *kept, positions, None, is_causal=is_causal, queries=every)
     full = torch.arange(q.shape[2]).repeat(q.shape[0], 1, 1)
     check(sparse_attention, q, k, v, full, mask, is_causal=is_causal, where=sees)
 
@@ -75,9 +75,9 @@ def test_selection_is_the_same_on_every_device(n, rule):
     scores = torch.rand(2, 2, n, generator=generator) ** 6
     seen = torch.randint(0, 5, (2, n), generator=generator).float()
     for x in (scores, (scores * 8).round() / 8):
-        expected = select_tokens(x, seen, use="torch", **rule)
+        expected = select_tokens(x, seen, kernel="torch", **rule)
         for kernel in KERNELS:
-            assert torch.equal(select_tokens(x.cuda(), seen.cuda(), use=kernel, **rule).cpu(), expected)
+            assert torch.equal(select_tokens(x.cuda(), seen.cuda(), kernel=kernel, **rule).cpu(), expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -88,13 +88,13 @@ def test_large_prefill(name, dtype, kernel):
     q, k, v = qkv(batch=batch, heads=heads, n=n, dim=dim, dtype=dtype)
     row = padding(batch, n, "left")[:, None, None] if padded else None
     unit = float(n if padded else 128)
-    check(lambda *x, **o: token_scores(*x, **o)[0], q, k, row, is_causal=True, use=kernel, unit=unit)
+    check(lambda *x, **o: token_scores(*x, **o)[0], q, k, row, is_causal=True, kernel=kernel, unit=unit)
     positions = choose(batch, 1, n, n // 3)
     kept = [gather_tokens(x, positions) for x in (k, v)]
     real = None if row is None else row.transpose(2, 3).expand(-1, q.shape[1], -1, 1)
-    check(sparse_attention, q, *kept, positions, row, is_causal=True, use=kernel, where=real)
+    check(sparse_attention, q, *kept, positions, row, is_causal=True, kernel=kernel, where=real)
     if dtype == torch.bfloat16:
-        check(sparse_attention, q, *kept, positions, row, is_causal=True, all_queries=True, use=kernel, where=real)
+        check(sparse_attention, q, *kept, positions, row, is_causal=True, queries="all", kernel=kernel, where=real)
 
 
 @pytest.mark.parametrize("p", [1000, 1500, 2048])
@@ -104,9 +104,9 @@ def test_cudnn_at_the_length_of_a_plan(heads, p):
     positions = choose(1, 1, 4096, p)
     kept = [gather_tokens(x, positions) for x in (k, v)]
 
-    def attend(q, k, v, positions, use):
-        if use == "torch":
-            return sparse_attention(q, k, v, positions, use=use)
+    def attend(q, k, v, positions, kernel):
+        if kernel == "torch":
+            return sparse_attention(q, k, v, positions, kernel=kernel)
         return attend_cudnn(q, *gather_kv(k, v, torch.arange(p, device=q.device)[None, None], 256), positions, None)
 
     check(attend, q, *kept, positions)
@@ -122,7 +122,7 @@ def test_decode(heads, m, dtype, kernel):
     where = choose(2, 1, prompt, kept)
     mask = torch.rand(2, 1, 1, n, generator=torch.Generator().manual_seed(2)) > 0.3
     for given in (None, mask):
-        check(decode_attention, q, k, v, where, prompt, n, given, use=kernel)
+        check(decode_attention, q, k, v, where, prompt, n, given, kernel=kernel)
     buffers = cuda(k.clone(), v.clone())
     append_tokens(*buffers, *cuda(k[:, :, :m], v[:, :, :m]), kept + n - prompt, kernel)
     for buffer, x in zip(buffers, (k, v), strict=True):
@@ -138,5 +138,5 @@ def test_auto_measures_once_and_remembers(monkeypatch):
     keys, values = gather_kv(k, v, positions)
     first = sparse_attention(q, keys, values, positions)
     (winner,) = fastest.winners().values()
-    monkeypatch.setattr(fastest, "measure", lambda candidates: pytest.fail(f"measured again, {winner} was known"))
+    monkeypatch.setattr(fastest, "measure", lambda *_: pytest.fail(f"measured again, {winner} was known"))
     torch.testing.assert_close(sparse_attention(q, keys, values, positions), first)

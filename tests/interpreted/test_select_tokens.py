@@ -21,7 +21,7 @@ def scores(n, batch=2, groups=1, seed=0, levels=0):
 
 
 def check(x, seen, **rule):
-    got, expected = (select_tokens(x, seen, use=kernel, **rule) for kernel in ("triton", "torch"))
+    got, expected = (select_tokens(x, seen, kernel=kernel, **rule) for kernel in ("triton", "torch"))
     assert torch.equal(got, expected)
     return got
 
@@ -50,6 +50,14 @@ def test_a_score_that_is_no_number_keeps_every_token(strange):
     x, seen = scores(70)
     x[1, 0, 3] = strange
     assert check(x, seen, tau=0.9).shape[2] == 70
+
+
+def test_protected_tokens_come_on_top_of_p():
+    x = torch.full((1, 1, 200), 2 / 197)
+    x[..., 0], x[..., 50], x[..., 100] = 60.0, 30.0, 8.0  # an attention sink, and two tokens that matter
+    for rule in ({"tau": 0.95}, {"keep_ratio": 3 / 200}):
+        assert check(x, torch.ones(1, 200), **rule).tolist() == [[[0, 50, 199]]]
+        assert check(x, torch.ones(1, 200), keep_recent=64, **rule).tolist() == [[[0, 50, *range(136, 200)]]]
 
 
 def test_no_attention_at_all_keeps_the_newest():

@@ -24,7 +24,7 @@ def spared(x, positions):
     return out
 
 
-def answered(q, positions, mask, is_causal, all_queries):
+def answered(q, positions, mask, is_causal, queries):
     """Return which queries see a kept key: bool `[B, Hq, n, 1]`."""
     batch, heads, n, _ = q.shape
     where = positions.repeat_interleave(heads // positions.shape[1], 1)
@@ -33,48 +33,48 @@ def answered(q, positions, mask, is_causal, all_queries):
     if is_causal:
         shown = shown & (where.unsqueeze(2) <= torch.arange(n)[:, None])
     seen = shown.any(-1, keepdim=True)
-    return seen if all_queries else seen & torch.zeros_like(seen).scatter_(2, where.unsqueeze(3), True)
+    return seen if queries == "all" else seen & torch.zeros_like(seen).scatter_(2, where.unsqueeze(3), True)
 
 
-def check_attention(q, k, v, positions, mask, is_causal, all_queries, **options):
-    where = answered(q, positions, mask, is_causal, all_queries)
+def check_attention(q, k, v, positions, mask, is_causal, queries, **options):
+    where = answered(q, positions, mask, is_causal, queries)
     keys, values = spared(k, positions), spared(v, positions)
-    options |= {"is_causal": is_causal, "all_queries": all_queries}
+    options |= {"is_causal": is_causal, "queries": queries}
     return check(sparse_attention, q, keys, values, positions, mask, where=where, **options)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape(shape, dtype, all_queries):
+def test_every_shape(shape, dtype, queries):
     q, k, v, mask, is_causal, p = inputs(shape, dtype)
-    out = check_attention(q, k, v, choose(q.shape[0], 1, q.shape[2], p), mask, is_causal, all_queries)
+    out = check_attention(q, k, v, choose(q.shape[0], 1, q.shape[2], p), mask, is_causal, queries)
     assert out.transpose(1, 2).is_contiguous(), "as the models read it next"
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
-def test_padding_row_beside_the_causal_flag(all_queries):
+@pytest.mark.parametrize("queries", ["selected", "all"])
+def test_padding_row_beside_the_causal_flag(queries):
     q, k, v, mask, _, p = inputs("n500", torch.float32)
     positions = choose(3, 1, 500, p)
-    got = check_attention(q, k, v, positions, padding_row("n500"), True, all_queries)
+    got = check_attention(q, k, v, positions, padding_row("n500"), True, queries)
     whole = sparse_attention(
         q, spared(k, positions), spared(v, positions), positions, mask,
-        is_causal=False, all_queries=all_queries, use="triton",
+        is_causal=False, queries=queries, kernel="triton",
     )  # fmt: skip
     torch.testing.assert_close(got, whole)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
-def test_softcap_scale_and_tokens_per_kv_head(all_queries):
+@pytest.mark.parametrize("queries", ["selected", "all"])
+def test_softcap_scale_and_tokens_per_kv_head(queries):
     q, k, v, mask, is_causal, p = inputs("additive", torch.float32)
-    check_attention(q, k, v, choose(3, 2, 63, p), mask, is_causal, all_queries, scale=0.7, softcap=3.0)
+    check_attention(q, k, v, choose(3, 2, 63, p), mask, is_causal, queries, scale=0.7, softcap=3.0)
 
 
 def test_queries_of_the_kept_tokens_only():
     q, k, v, mask, is_causal, p = inputs("n500", torch.float32)
     positions = choose(3, 1, 500, p)
     keys, values = spared(k, positions), spared(v, positions)
-    options = {"is_causal": is_causal, "use": "triton"}
+    options = {"is_causal": is_causal, "kernel": "triton"}
     rows = positions.unsqueeze(3).expand(-1, q.shape[1], -1, q.shape[3])
     whole = sparse_attention(q, keys, values, positions, mask, **options)
     few = sparse_attention(q.gather(2, rows), keys, values, positions, mask, **options)
@@ -99,7 +99,7 @@ def test_every_tiling_gives_the_same(shape, dtype):
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(n=st.integers(1, 200), share=st.floats(0.01, 1.0), heads=st.sampled_from(["mha", "gqa4", "gqa7"]),
        dim=st.integers(1, 40), value_dim=st.integers(1, 40), batch=st.integers(1, 3), causal=st.booleans(),
-       every=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
-def test_any_shape(cases, n, share, heads, dim, value_dim, batch, causal, every, seed):
+       queries=st.sampled_from(["selected", "all"]), seed=st.integers(0, 99))  # fmt: skip
+def test_any_shape(cases, n, share, heads, dim, value_dim, batch, causal, queries, seed):
     q, k, v = cases.qkv(batch=batch, heads=heads, n=n, dim=dim, value_dim=value_dim, dtype=torch.float32, seed=seed)
-    check_attention(q, k, v, choose(batch, 1, n, max(1, int(share * n)), seed), None, causal, every)
+    check_attention(q, k, v, choose(batch, 1, n, max(1, int(share * n)), seed), None, causal, queries)

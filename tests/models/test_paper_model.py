@@ -68,13 +68,13 @@ class PaperLlama:
 
     def prefill(self, x, mask):
         self.offset, self.prompt = 0, x.shape[1]
-        all_queries = self.rule.pop("all_queries", False)
+        queries = self.rule.pop("queries", "selected")
 
         def attend(i, q, k, v, mask):
             rows = probe_rows(q.shape[2], 64, 64, 0)
             kept = paper.selection(*paper.scores(q, k, rows, mask=mask), **self.rule)
             self.cache.append([k, v, kept])
-            return paper.attention(q, k, v, kept, mask=mask, all_queries=all_queries)
+            return paper.attention(q, k, v, kept, mask=mask, queries=queries)
 
         return self.run(x, mask, attend)
 
@@ -98,7 +98,7 @@ CASES = {
     "tau_0.9": ({"tau": 0.9}, {}, {}),
     "tau_0.6": ({"tau": 0.6}, {}, {}),
     "ratio_0.3_recent_4": ({"keep_ratio": 0.3, "keep_recent": 4}, {}, {}),
-    "all_queries": ({"tau": 0.7, "queries": "all"}, {"all_queries": True}, {}),
+    "all_queries": ({"tau": 0.7, "queries": "all"}, {"queries": "all"}, {}),
     "long_prompt_with_random_probes": ({"tau": 0.7}, {}, {"text": 95}),
     "batch_left_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7}),
     "batch_right_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7, "side": "right"}),

@@ -49,6 +49,6 @@ def by_the_paper(paper):
         kept = paper.selection(
             scores, visible, tau=chosen.tau, keep_ratio=chosen.keep_ratio, keep_recent=chosen.keep_recent
         )
-        return paper.attention(q, k, v, kept, all_queries=chosen.queries == "all", **look), kept
+        return paper.attention(q, k, v, kept, queries=chosen.queries, **look), kept
 
     return compute

@@ -84,6 +84,6 @@ def test_the_choice_of_kernels_reaches_every_operator_that_has_one():
     choose_kernels.apply(module.graph, Sites(), Settings(kernel="torch"))
     module.recompile()
     assert [node.kwargs for node in module.graph.nodes if node.op == "call_function"] == [
-        {}, {"kernel": "torch"}, {"kernel": "torch"},
+        {}, {"kernel_": "torch"}, {"kernel_": "torch"},
     ]  # fmt: skip
     assert used(module(K, V, WHERE))[0].shape == (1, 2, 3, 4)

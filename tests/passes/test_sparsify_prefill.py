@@ -288,7 +288,7 @@ def test_attentions_that_share_a_cache_share_its_kept_tokens(record, modules, by
     exact, positions = by_the_paper(q, k, v)
     assert positions.shape[2] < 20
     np.testing.assert_allclose(first.numpy(), exact, rtol=1e-12, atol=1e-12)
-    exact = paper.attention(q * 2, k, v, positions, all_queries=False, mask=None, is_causal=True, scale=None)
+    exact = paper.attention(q * 2, k, v, positions, queries="selected", mask=None, is_causal=True, scale=None)
     np.testing.assert_allclose(second.numpy(), exact, rtol=1e-12, atol=1e-12)
     if evict == "drop":
         assert np.array_equal(kept.numpy(), positions) and keys.shape[2] == positions.shape[2] + modules.SPARE
@@ -304,7 +304,7 @@ def test_a_sharing_attention_of_the_newest_query_reads_the_kept_tokens(record, m
     assert outcomes(recorder) == [("prefill", "")] * 2
     assert recorder.added[0]["zipvl.decode_attention"] == 1
     _, positions = by_the_paper(q, k, v)
-    exact = paper.attention(q * 2, k, v, positions, all_queries=True, mask=None, is_causal=True, scale=None)
+    exact = paper.attention(q * 2, k, v, positions, queries="all", mask=None, is_causal=True, scale=None)
     np.testing.assert_allclose(second.numpy(), exact[:, :, -1:], rtol=1e-12, atol=1e-12)
 
 

@@ -158,7 +158,7 @@ def test_cached_positions_are_the_kept_ones_and_every_later_one():
 
 Q, K, V = torch.ones(2, 4, 1, 8), torch.ones(2, 2, 5, 8), torch.ones(2, 2, 5, 6)
 P = torch.arange(3).repeat(2, 1, 1)
-GOOD = {"q": Q, "keys": K, "values": V, "positions": P, "prompt": 6, "n": 8}
+GOOD = {"q": Q, "keys": K, "values": V, "positions": P, "prompt_length": 6, "n": 8}
 BAD = {
     "positions-rank": ({"positions": P[0]}, "positions: expected an int64 [batch, groups, kept] tensor"),
     "positions-batch": ({"positions": P[:1]}, "positions: expected batch 2"),

@@ -10,9 +10,9 @@ X = torch.zeros(1, 2, 3, 64)
 ON_A_CPU = {"auto": False, "torch": False}
 
 
-@pytest.mark.parametrize("use", ON_A_CPU)
-def test_a_cpu_runs_pytorch(use):
-    assert use_triton("gather_tokens", use, X) is ON_A_CPU[use]
+@pytest.mark.parametrize("kernel", ON_A_CPU)
+def test_a_cpu_runs_pytorch(kernel):
+    assert use_triton("gather_tokens", kernel, X) is ON_A_CPU[kernel]
 
 
 def test_the_interpreter_runs_when_asked(monkeypatch):
@@ -32,14 +32,14 @@ REFUSED = {
 def test_what_no_kernel_can_do_is_refused_by_name(monkeypatch, name):
     x, message = REFUSED[name]
     monkeypatch.setattr(dispatch, "interpreted", lambda: name != "cpu")
-    with pytest.raises(ValueError, match=r"^zipvl::gather_tokens: use: ") as raised:
+    with pytest.raises(ValueError, match=r"^zipvl::gather_tokens: kernel: ") as raised:
         use_triton("gather_tokens", "triton", x)
     assert message in str(raised.value)
     assert not use_triton("gather_tokens", "auto", x)
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match='use: expected "auto", "triton" or "torch", got \'cuda\''):
+    with pytest.raises(ValueError, match='kernel: expected "auto", "triton" or "torch", got \'cuda\''):
         use_triton("gather_tokens", "cuda", X)
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.gather_tokens import gather_tokens, token_positions
+from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.token_positions import token_positions
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from zipvl_compile.kernels.gather_tokens import gather_tokens, token_positions
+from zipvl_compile.kernels.gather_tokens import gather_tokens
 from zipvl_compile.kernels.kv_view import kv_view
+from zipvl_compile.kernels.token_positions import token_positions
 
 
 @pytest.mark.parametrize("n", [5, 7])

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.common.masks import causal, hiding_rows, take, visible
+from zipvl_compile.kernels.common.masks import causal, take, visible
+from zipvl_compile.kernels.hiding_rows import hiding_rows
 from zipvl_compile.kernels.sparse_attention import sparse_attention
 
 

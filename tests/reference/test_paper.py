@@ -31,6 +31,16 @@ def test_a_batch_keeps_the_count_of_its_neediest_sample(paper):
     assert paper.selection(accumulated, visible, tau=0.7).tolist() == [[[0, 1, 3]], [[0, 1, 3]]]
 
 
+def test_protected_tokens_come_on_top_of_the_papers(paper):
+    accumulated, visible = np.array([[[6.0, 0.0, 3.0, 0.0, 1.0, 0.0]]]), np.full((1, 6), 4.0)
+    assert paper.selection(accumulated, visible, tau=0.9).tolist() == [[[0, 5]]]
+    assert paper.selection(accumulated, visible, tau=0.9, keep_recent=2).tolist() == [[[0, 4, 5]]]
+    assert paper.selection(accumulated, visible, keep_ratio=1 / 6, keep_recent=3).tolist() == [[[3, 4, 5]]]
+    # Three tokens of the paper, 0, 5 and 7; of the four protected ones 5 is among them, so the next best, 1, stays too.
+    accumulated, visible = np.array([[[6.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0]]]), np.full((1, 8), 4.0)
+    assert paper.selection(accumulated, visible, tau=0.95, keep_recent=4).tolist() == [[[0, 1, 4, 5, 6, 7]]]
+
+
 def test_newest_visible_token_is_kept_under_right_padding(paper):
     accumulated, visible = np.array([[[6.0, 2.0, 0.0, 0.0]]]), np.array([[4.0, 3.0, 2.0, 0.0]])
     assert paper.selection(accumulated, visible, tau=0.75).tolist() == [[[2]]]
@@ -43,7 +53,7 @@ def test_kept_queries_attend_to_kept_keys_only(paper):
     v = torch.tensor([[[[4.0], [100.0], [8.0]]]])
     kept = torch.tensor([[[0, 2]]])
     assert paper.attention(q, k, v, kept, scale=1.0).flatten() == pytest.approx([4, 0, 7])
-    assert paper.attention(q, k, v, kept, scale=1.0, all_queries=True).flatten() == pytest.approx([4, 4, 7])
+    assert paper.attention(q, k, v, kept, scale=1.0, queries="all").flatten() == pytest.approx([4, 4, 7])
 
 
 def test_decode_sees_kept_prompt_tokens_and_every_later_token(paper):

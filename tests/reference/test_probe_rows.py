@@ -12,13 +12,13 @@ def test_short_prompt_probes_every_row(n):
 
 
 @pytest.mark.parametrize("n", [129, 500, 4096])
-@pytest.mark.parametrize(("recent", "random"), [(64, 64), (1, 0), (0, 7), (128, 1), (5, 3)])
-def test_long_prompt_probes_the_newest_rows_and_distinct_others(n, recent, random):
-    rows = probe_rows(n, recent, random, 3).tolist()
+@pytest.mark.parametrize(("recent_probes", "random_probes"), [(64, 64), (1, 0), (0, 7), (128, 1), (5, 3)])
+def test_long_prompt_probes_the_newest_rows_and_distinct_others(n, recent_probes, random_probes):
+    rows = probe_rows(n, recent_probes, random_probes, 3).tolist()
     assert rows == sorted(set(rows)), "ascending, none twice"
-    assert len(rows) == recent + random
-    assert rows[random:] == list(range(n - recent, n))
-    assert all(0 <= row < n - recent for row in rows[:random])
+    assert len(rows) == recent_probes + random_probes
+    assert rows[random_probes:] == list(range(n - recent_probes, n))
+    assert all(0 <= row < n - recent_probes for row in rows[:random_probes])
 
 
 def test_draw_repeats_for_equal_arguments_and_follows_the_seed():

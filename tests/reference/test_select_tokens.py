@@ -35,7 +35,8 @@ def check(paper, accumulated, visible, **options):
 @pytest.mark.parametrize("n", [1, 2, 63, 129])
 def test_tau(paper, cases, n, mask, tau, keep_recent):
     q, k, _ = cases.qkv(batch=3, heads="mqa", n=n, dim=8)
-    accumulated, visible = token_scores(q, k, cases.mask(mask, 3, 4, n), is_causal=mask == "none", recent=16, random=16)
+    probes = {"recent_probes": 16, "random_probes": 16}
+    accumulated, visible = token_scores(q, k, cases.mask(mask, 3, 4, n), is_causal=mask == "none", **probes)
     kept = check(paper, accumulated, visible, tau=tau, keep_recent=keep_recent)
     assert tau == 1 or n < 63 or kept.shape[2] < n, "the case must select something"
 
@@ -45,7 +46,7 @@ def test_tau(paper, cases, n, mask, tau, keep_recent):
 @pytest.mark.parametrize("n", [1, 2, 63, 500])
 def test_keep_ratio(paper, cases, n, ratio, keep_recent):
     q, k, _ = cases.qkv(batch=2, heads="mqa", n=n, dim=8)
-    accumulated, visible = token_scores(q, k, recent=8, random=8)
+    accumulated, visible = token_scores(q, k, recent_probes=8, random_probes=8)
     kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
     assert (kept[..., -1] == n - 1).all()
 
@@ -99,6 +100,14 @@ def test_a_budget_below_keep_recent_still_keeps_the_newest_tokens():
     assert kept.tolist() == [[[5, 6, 7, 8, 9]]]
 
 
+@pytest.mark.parametrize("rule", [{"tau": 0.95}, {"keep_ratio": 3 / 200}], ids=str)
+def test_protected_tokens_come_on_top_of_p(rule):
+    row = [2 / 197] * 200
+    row[0], row[50], row[100] = 60.0, 30.0, 8.0  # an attention sink, and two tokens that matter
+    assert select_tokens(*scores(row), **rule).tolist() == [[[0, 50, 199]]]
+    assert select_tokens(*scores(row), keep_recent=64, **rule).tolist() == [[[0, 50, *range(136, 200)]]]
+
+
 def test_keep_recent_longer_than_the_prompt_keeps_everything():
     assert select_tokens(*scores([1.0] * 4), tau=0.5, keep_recent=50).tolist() == [[[0, 1, 2, 3]]]
 
@@ -134,10 +143,11 @@ numbers = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(row=numbers, tau=st.floats(0.01, 1.0), keep_recent=st.integers(1, 6))
 def test_p_is_minimal(row, tau, keep_recent):
-    kept = select_tokens(*scores([float(x) for x in row]), tau=tau, keep_recent=keep_recent)
-    p, largest = kept.shape[2], sorted(row, reverse=True)
-    assert sum(largest[:p]) >= tau * sum(row) * (1 - 1e-12)
-    if tau < 1 and p > keep_recent:
+    count = select_tokens(*scores([float(x) for x in row]), tau=tau, keep_recent=keep_recent).shape[2]
+    p, largest = count - keep_recent + 1, sorted(row, reverse=True)
+    if count < len(row):
+        assert sum(largest[:p]) >= tau * sum(row) * (1 - 1e-12)
+    if tau < 1 and p > 1:
         assert sum(largest[: p - 1]) < tau * sum(row) * (1 + 1e-12)
 
 
@@ -163,6 +173,15 @@ def test_growing_tau_only_adds_tokens(row, taus):
     assert few <= many
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(row=numbers, share=st.floats(0.01, 1.0), rule=st.sampled_from(["tau", "keep_ratio"]), more=st.integers(2, 50))
+def test_protecting_more_tokens_drops_none(row, share, rule, more):
+    given_, rule_ = scores([float(x) for x in row]), {rule: share}
+    few, many = (select_tokens(*given_, keep_recent=count, **rule_)[0, 0].tolist() for count in (1, more))
+    assert set(few) <= set(many)
+    assert len(many) == min(len(few) + more - 1, len(row))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(row=numbers, tau=st.floats(0.01, 1.0))
 def test_another_sample_changes_only_p(row, tau):
@@ -178,7 +197,7 @@ def test_another_sample_changes_only_p(row, tau):
 @given(n=st.integers(0, 10_000), percent=st.integers(1, 100), recent=st.integers(1, 9))
 def test_kept_count_is_the_exact_ceiling_within_its_limits(n, percent, recent):
     exact = math.ceil(n * percent / 100 - 1e-9)
-    assert kept_count(n, percent / 100, recent) == min(max(exact, recent), n)
+    assert kept_count(n, percent / 100, recent) == min(max(exact, 1) + recent - 1, n)
 
 
 BAD = {

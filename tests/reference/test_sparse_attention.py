@@ -21,12 +21,12 @@ def choose(batch, groups, n, p, seed=0):
     return draw.argsort(-1, descending=True)[..., :p].sort(-1).values
 
 
-def check(paper, cases, q, k, v, positions, mask=None, is_causal=True, scale=None, all_queries=False):
+def check(paper, cases, q, k, v, positions, mask=None, is_causal=True, scale=None, queries="selected"):
     """Compare with the model, and the error with that of plain PyTorch over the same keys; return the result."""
     options = {"mask": mask, "is_causal": is_causal, "scale": scale}
     keys, values = gather_tokens(k, positions), gather_tokens(v, positions)
-    out = sparse_attention(q, keys, values, positions, all_queries=all_queries, **options)
-    exact = torch.from_numpy(paper.attention(q, k, v, positions, all_queries=all_queries, **options))
+    out = sparse_attention(q, keys, values, positions, queries=queries, **options)
+    exact = torch.from_numpy(paper.attention(q, k, v, positions, queries=queries, **options))
     # Plain PyTorch: dense attention with all other keys hidden.
     batch, heads, n, _ = q.shape
     kept = torch.zeros(batch, positions.shape[1], n, dtype=torch.bool).scatter_(2, positions, True)
@@ -41,59 +41,59 @@ def check(paper, cases, q, k, v, positions, mask=None, is_causal=True, scale=Non
     bias = shown
     if mask is not None and mask.is_floating_point():
         bias = torch.where(shown, mask, -torch.inf).to(q.dtype)
-    answered = shown.any(-1, keepdim=True) & (kept[..., None] | torch.tensor(all_queries))
+    answered = shown.any(-1, keepdim=True) & (kept[..., None] | torch.tensor(queries == "all"))
     plain = cases.plain_attention(q, k, v, bias, False, scale).masked_fill(~answered, 0.0)
     cases.assert_as_accurate(out, plain, exact, where=answered)
     assert out.isfinite().all(), "also the rows that see nothing"
-    skipped = ~kept & torch.tensor(not all_queries)
+    skipped = ~kept & torch.tensor(queries == "selected")
     assert not out[skipped].any(), "an unselected query has no attention output"
     if mask is None or mask.dtype == torch.bool or not mask.isfinite().all():
         assert not out[~answered.squeeze(-1)].any(), "a query that sees no kept key has no attention output"
     return out
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("heads", ["mha", "gqa4", "gqa7", "mqa"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_every_mask_and_head_layout(paper, cases, mask, heads, all_queries):
+def test_every_mask_and_head_layout(paper, cases, mask, heads, queries):
     q, k, v = cases.qkv(batch=3, heads=heads, n=21, dim=8, value_dim=6)
     mask_ = cases.mask(mask, 3, q.shape[1], 21)
-    check(paper, cases, q, k, v, choose(3, 1, 21, 9), mask_, is_causal=mask == "none", all_queries=all_queries)
+    check(paper, cases, q, k, v, choose(3, 1, 21, 9), mask_, is_causal=mask == "none", queries=queries)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_causal_flag_hides_in_addition_to_the_mask(paper, cases, mask, all_queries):
+def test_causal_flag_hides_in_addition_to_the_mask(paper, cases, mask, queries):
     q, k, v = cases.qkv(batch=2, n=21, dim=8)
     mask_ = cases.mask(mask, 2, 8, 21)
-    check(paper, cases, q, k, v, choose(2, 1, 21, 9), mask_, is_causal=True, all_queries=all_queries)
+    check(paper, cases, q, k, v, choose(2, 1, 21, 9), mask_, is_causal=True, queries=queries)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("p", [1, 5, 21])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-def test_from_one_kept_token_to_all(paper, cases, p, is_causal, all_queries):
+def test_from_one_kept_token_to_all(paper, cases, p, is_causal, queries):
     q, k, v = cases.qkv(batch=2, n=21, dim=8)
-    check(paper, cases, q, k, v, choose(2, 1, 21, p), is_causal=is_causal, all_queries=all_queries)
+    check(paper, cases, q, k, v, choose(2, 1, 21, p), is_causal=is_causal, queries=queries)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("n", [1, 2, 63, 129, 500])
 @pytest.mark.parametrize("side", ["none", "left-padding"])
-def test_every_size(paper, cases, n, side, all_queries):
+def test_every_size(paper, cases, n, side, queries):
     q, k, v = cases.qkv(batch=2, heads="mqa", n=n, dim=16, value_dim=24)
     positions = choose(2, 1, n, max(1, n // 3))
     mask = cases.mask(side, 2, 4, n)
-    check(paper, cases, q, k, v, positions, mask, is_causal=side == "none", all_queries=all_queries)
+    check(paper, cases, q, k, v, positions, mask, is_causal=side == "none", queries=queries)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["none", "left-padding", "additive-min", "per-head-bias"])
-def test_every_dtype(paper, cases, mask, dtype, all_queries):
+def test_every_dtype(paper, cases, mask, dtype, queries):
     q, k, v = cases.qkv(batch=2, n=63, dim=60, dtype=dtype)
     mask_ = cases.mask(mask, 2, 8, 63, dtype)
-    out = check(paper, cases, q, k, v, choose(2, 1, 63, 30), mask_, is_causal=mask == "none", all_queries=all_queries)
+    out = check(paper, cases, q, k, v, choose(2, 1, 63, 30), mask_, is_causal=mask == "none", queries=queries)
     assert out.dtype == dtype
 
 
@@ -103,24 +103,24 @@ def test_scale_of_the_model(paper, cases, scale):
     check(paper, cases, q, k, v, choose(1, 1, 21, 9), scale=scale)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("mask", ["none", "left-padding", "per-head-window"])
-def test_positions_per_kv_head(paper, cases, mask, all_queries):
+def test_positions_per_kv_head(paper, cases, mask, queries):
     q, k, v = cases.qkv(batch=2, heads="gqa4", n=21, dim=8)
     mask_ = cases.mask(mask, 2, 8, 21)
-    check(paper, cases, q, k, v, choose(2, 2, 21, 9), mask_, is_causal=mask == "none", all_queries=all_queries)
+    check(paper, cases, q, k, v, choose(2, 2, 21, 9), mask_, is_causal=mask == "none", queries=queries)
 
 
 @pytest.mark.parametrize("mask", ["left-padding", "additive-inf", "additive-min"])
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("p", [4, 21])
-def test_a_sample_of_padding_only_gives_finite_rows_and_zero_under_a_hard_mask(cases, mask, all_queries, p):
+def test_a_sample_of_padding_only_gives_finite_rows_and_zero_under_a_hard_mask(cases, mask, queries, p):
     q, k, v = cases.qkv(batch=3, n=21, dim=8)
     mask_ = cases.mask(mask, 3, 8, 21)
     mask_[1] = False if mask_.dtype == torch.bool else mask_.min()
     positions = choose(3, 1, 21, p)
     keys, values = gather_tokens(k, positions), gather_tokens(v, positions)
-    out = sparse_attention(q, keys, values, positions, mask_, is_causal=False, all_queries=all_queries)
+    out = sparse_attention(q, keys, values, positions, mask_, is_causal=False, queries=queries)
     assert out.isfinite().all()
     # finfo.min is a number: softmax over such a row is uniform, in dense attention too.
     if mask != "additive-min":
@@ -149,12 +149,12 @@ def test_nan_rows_are_those_of_dense_attention(cases):
     torch.testing.assert_close(out, dense, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("mask", ["none", "left-padding"])
-def test_spare_rows_are_never_read(cases, mask, all_queries):
+def test_spare_rows_are_never_read(cases, mask, queries):
     q, k, v = cases.qkv(batch=2, n=21, dim=8)
     positions, mask_ = choose(2, 1, 21, 9), cases.mask(mask, 2, 8, 21)
-    options = {"mask": mask_, "is_causal": mask == "none", "all_queries": all_queries}
+    options = {"mask": mask_, "is_causal": mask == "none", "queries": queries}
     clean = sparse_attention(q, gather_tokens(k, positions), gather_tokens(v, positions), positions, **options)
     keys, values = gather_tokens(k, positions, 5), gather_tokens(v, positions, 5)
     keys[:, :, 9:], values[:, :, 9:] = float("nan"), float("nan")
@@ -173,8 +173,8 @@ def test_inputs_stay_as_they_are(cases):
     mask, positions = cases.mask("per-head-bias", 1, 8, 21), choose(1, 1, 21, 9)
     inputs = [q, gather_tokens(k, positions), gather_tokens(v, positions), positions, mask]
     copies = [x.clone() for x in inputs]
-    for all_queries in (False, True):
-        sparse_attention(*inputs, all_queries=all_queries)
+    for queries in ("selected", "all"):
+        sparse_attention(*inputs, queries=queries)
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
 
 
@@ -186,13 +186,14 @@ def test_empty_batch():
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(n=st.integers(1, 30), share=st.floats(0.05, 1.0), seed=st.integers(0, 99), all_queries=st.booleans())
-def test_constant_values_come_out_unchanged(cases, n, share, seed, all_queries):
+@given(n=st.integers(1, 30), share=st.floats(0.05, 1.0), seed=st.integers(0, 99),
+       queries=st.sampled_from(["selected", "all"]))  # fmt: skip
+def test_constant_values_come_out_unchanged(cases, n, share, seed, queries):
     q, k, _ = cases.qkv(batch=2, n=n, dim=4, seed=seed)
     positions = choose(2, 1, n, max(1, int(share * n)), seed)
     keys, values = gather_tokens(k, positions), torch.ones(2, 2, positions.shape[2], 3, dtype=torch.float64)
-    out = sparse_attention(q, keys, values, positions, all_queries=all_queries)
-    if all_queries:  # weights sum to one wherever a kept key is visible
+    out = sparse_attention(q, keys, values, positions, queries=queries)
+    if queries == "all":  # weights sum to one wherever a kept key is visible
         answered = torch.arange(n) >= positions[:, :, :1].squeeze(1)
     else:
         answered = torch.zeros(2, n, dtype=torch.bool).scatter_(1, positions[:, 0], True)

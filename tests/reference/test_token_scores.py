@@ -11,11 +11,12 @@ from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.kernels.token_scores import token_scores
 
 
-def check(paper, cases, q, k, mask=None, is_causal=True, scale=None, recent=9, random=7, groups=1):
+def check(paper, cases, q, k, mask=None, is_causal=True, scale=None, recent_probes=9, random_probes=7, groups=1):
     """Compare scores of both dtypes of result with the model; return what the operator gave."""
-    rows = probe_rows(q.shape[2], recent, random, 0)
+    rows = probe_rows(q.shape[2], recent_probes, random_probes, 0)
     given_ = {"mask": mask, "is_causal": is_causal, "scale": scale}
-    accumulated, visible = token_scores(q, k, recent=recent, random=random, groups=groups, **given_)
+    probes = {"recent_probes": recent_probes, "random_probes": random_probes}
+    accumulated, visible = token_scores(q, k, groups=groups, **probes, **given_)
     exact, seen = paper.scores(q, k, rows, groups=groups, **given_)
     # The operator computes in fp32 whatever the inputs are, so plain PyTorch is given fp32 as well.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -48,7 +49,7 @@ def test_causal_flag_hides_in_addition_to_the_mask(paper, cases, mask):
 def test_a_long_prompt_is_scored_in_blocks_of_rows(paper, cases, monkeypatch, mask, causal):
     monkeypatch.setattr("zipvl_compile.kernels.token_scores_torch.BLOCK_SCORES", 1)  # 8 rows of 4 heads at a time
     q, k, _ = cases.qkv(batch=2, heads="gqa4", n=65, dim=8)
-    check(paper, cases, q, k, cases.mask(mask, 2, 8, 65), is_causal=causal, recent=9, random=21)
+    check(paper, cases, q, k, cases.mask(mask, 2, 8, 65), is_causal=causal, recent_probes=9, random_probes=21)
 
 
 def test_without_mask_and_causality_every_row_sees_every_token(paper, cases):
@@ -61,14 +62,14 @@ def test_without_mask_and_causality_every_row_sees_every_token(paper, cases):
 @pytest.mark.parametrize("side", ["none", "left-padding"])
 def test_every_size_with_the_papers_probes(paper, cases, n, side):
     q, k, _ = cases.qkv(batch=2, heads="mqa", n=n, dim=16)
-    check(paper, cases, q, k, cases.mask(side, 2, 4, n), recent=64, random=64)
+    check(paper, cases, q, k, cases.mask(side, 2, 4, n), recent_probes=64, random_probes=64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["none", "left-padding", "additive-min", "per-head-bias"])
 def test_every_dtype(paper, cases, dtype, mask):
     q, k, _ = cases.qkv(batch=2, n=129, dim=60, dtype=dtype)
-    check(paper, cases, q, k, cases.mask(mask, 2, 8, 129, dtype), recent=20, random=20)
+    check(paper, cases, q, k, cases.mask(mask, 2, 8, 129, dtype), recent_probes=20, random_probes=20)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.37])
@@ -80,7 +81,7 @@ def test_scale_of_the_model(paper, cases, scale):
 def test_a_score_per_kv_head(paper, cases):
     q, k, _ = cases.qkv(batch=2, heads="gqa4", n=21, dim=8)
     per_head, _ = check(paper, cases, q, k, groups=2)
-    one, _ = token_scores(q, k, recent=9, random=7)
+    one, _ = token_scores(q, k, recent_probes=9, random_probes=7)
     torch.testing.assert_close(per_head.mean(1, keepdim=True), one)
 
 
@@ -132,16 +133,16 @@ def test_strided_inputs_give_the_same_scores(cases):
 @given(
     batch=st.integers(1, 3),
     n=st.integers(1, 40),
-    recent=st.integers(0, 12),
-    random=st.integers(1, 12),
+    recent_probes=st.integers(0, 12),
+    random_probes=st.integers(1, 12),
     side=st.sampled_from(["none", "left-padding", "right-padding", "additive-inf"]),
     seed=st.integers(0, 99),
 )
-def test_accumulated_sums_to_the_valid_probe_rows(cases, batch, n, recent, random, side, seed):
+def test_accumulated_sums_to_the_valid_probe_rows(cases, batch, n, recent_probes, random_probes, side, seed):
     q, k, _ = cases.qkv(batch=batch, heads="mqa", n=n, dim=4, seed=seed)
     mask = cases.mask(side, batch, 4, n)
-    accumulated, visible = token_scores(q, k, mask, recent=recent, random=random, seed=seed)
-    rows = probe_rows(n, recent, random, seed)
+    accumulated, visible = token_scores(q, k, mask, recent_probes=recent_probes, random_probes=random_probes, seed=seed)
+    rows = probe_rows(n, recent_probes, random_probes, seed)
     real = torch.ones(batch, n, dtype=torch.bool)
     if mask is not None:
         shown = mask if mask.dtype == torch.bool else mask == 0

@@ -15,15 +15,15 @@ from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.token_scores import token_scores
 
-PROBES = {"recent": 12, "random": 12, "seed": 4}
+PROBES = {"recent_probes": 12, "random_probes": 12, "seed": 4}
 
 
-def prefill(q, k, v, mask=None, is_causal=True, all_queries=False, groups=1, **selection):
+def prefill(q, k, v, mask=None, is_causal=True, queries="selected", groups=1, **selection):
     """Return output, kept keys, kept values and positions, by the operators."""
     scores, visible = token_scores(q, k, mask, is_causal=is_causal, groups=groups, **PROBES)
     positions = select_tokens(scores, visible, **selection)
     keys, values = gather_tokens(k, positions, 4), gather_tokens(v, positions, 4)
-    out = sparse_attention(q, keys, values, positions, mask, is_causal=is_causal, all_queries=all_queries)
+    out = sparse_attention(q, keys, values, positions, mask, is_causal=is_causal, queries=queries)
     return out, keys, values, positions
 
 
@@ -32,15 +32,15 @@ def dense_attention(q, k, v, mask, is_causal):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
 
-def by_the_paper(paper, q, k, v, mask=None, is_causal=True, all_queries=False, groups=1, **selection):
+def by_the_paper(paper, q, k, v, mask=None, is_causal=True, queries="selected", groups=1, **selection):
     """Return output and positions, by the float64 model."""
-    rows = probe_rows(q.shape[2], PROBES["recent"], PROBES["random"], PROBES["seed"])
+    rows = probe_rows(q.shape[2], PROBES["recent_probes"], PROBES["random_probes"], PROBES["seed"])
     scores, visible = paper.scores(q, k, rows, mask=mask, is_causal=is_causal, groups=groups)
     positions = paper.selection(scores, visible, **selection)
-    return paper.attention(q, k, v, positions, mask=mask, is_causal=is_causal, all_queries=all_queries), positions
+    return paper.attention(q, k, v, positions, mask=mask, is_causal=is_causal, queries=queries), positions
 
 
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("groups", [1, 2], ids=["layer", "kv_head"])
 @pytest.mark.parametrize(
     "selection",
@@ -48,9 +48,9 @@ def by_the_paper(paper, q, k, v, mask=None, is_causal=True, all_queries=False, g
     ids=str,
 )
 @pytest.mark.parametrize("mask", ["none", "left-padding", "right-padding", "additive-inf", "prefix"])
-def test_prefill(paper, cases, mask, selection, groups, all_queries):
+def test_prefill(paper, cases, mask, selection, groups, queries):
     q, k, v = cases.qkv(batch=3, n=41, dim=8, value_dim=6, seed=1)
-    options = dict(is_causal=mask == "none", all_queries=all_queries, groups=groups, **selection)
+    options = dict(is_causal=mask == "none", queries=queries, groups=groups, **selection)
     mask_ = cases.mask(mask, 3, 8, 41)
     out, keys, values, positions = prefill(q, k, v, mask_, **options)
     exact, expected = by_the_paper(paper, q, k, v, mask_, **options)
@@ -90,15 +90,15 @@ def test_prefill_and_ten_decode_steps(paper, cases, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
+@pytest.mark.parametrize("queries", ["selected", "all"])
 @pytest.mark.parametrize("mask", ["none", "left-padding", "per-head-bias"])
-def test_tau_1_is_dense_attention(cases, mask, all_queries, dtype):
+def test_tau_1_is_dense_attention(cases, mask, queries, dtype):
     q, k, v = cases.qkv(batch=2, n=41, dim=8, dtype=dtype)
     mask_ = cases.mask(mask, 2, 8, 41, dtype)
-    out, *_, positions = prefill(q, k, v, mask_, is_causal=mask == "none", all_queries=all_queries, tau=1.0)
+    out, *_, positions = prefill(q, k, v, mask_, is_causal=mask == "none", queries=queries, tau=1.0)
     dense = dense_attention(q, k, v, mask_, is_causal=mask == "none")
     assert positions.tolist() == [[list(range(41))]] * 2
-    if all_queries and mask == "none":  # the causal flag becomes a mask there: another summation order
+    if queries == "all" and mask == "none":  # the causal flag becomes a mask there: another summation order
         cases.assert_as_accurate(out, cases.plain_attention(q, k, v), dense.double())
     else:
         assert torch.equal(out, dense)
@@ -106,14 +106,14 @@ def test_tau_1_is_dense_attention(cases, mask, all_queries, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["q", "k", "both"])
-@pytest.mark.parametrize("all_queries", [False, True], ids=["selected", "all"])
-def test_a_non_finite_input_gives_what_dense_attention_gives(cases, bad, where, all_queries):
+@pytest.mark.parametrize("queries", ["selected", "all"])
+def test_a_non_finite_input_gives_what_dense_attention_gives(cases, bad, where, queries):
     q, k, v = cases.qkv(batch=2, n=24, dim=8)  # every row is a probe row
     if where != "k":
         q[1, 5, 9] = bad
     if where != "q":
         k[1, 1, 6] = bad
-    out, *_, positions = prefill(q, k, v, all_queries=all_queries, tau=0.5)
+    out, *_, positions = prefill(q, k, v, queries=queries, tau=0.5)
     dense = dense_attention(q, k, v, None, is_causal=True)
     assert not dense[1].isfinite().all()
     assert positions.tolist() == [[list(range(24))]] * 2, "no ranking to trust: everything stays"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from zipvl_compile.kernels.gather_tokens import gather_tokens, with_room
+from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.with_room import with_room
 
 
 @pytest.mark.parametrize("spare", [0, 3])

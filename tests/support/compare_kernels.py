@@ -53,9 +53,9 @@ def check(operator: Callable[..., torch.Tensor], *tensors, unit: float = 1.0, wh
     Args:
         where: rows to compare; a query that sees nothing has no defined result in PyTorch.
     """
-    got = operator(*tensors, use="triton", **options)
-    exact = operator(*map(exactly, tensors), use="torch", **options)
-    plain = operator(*tensors, use="torch", **options)
+    got = operator(*tensors, kernel="triton", **options)
+    exact = operator(*map(exactly, tensors), kernel="torch", **options)
+    plain = operator(*tensors, kernel="torch", **options)
     assert not got.isnan().any(), "not written, or not defined"
     if where is not None:
         exact, plain = exact.masked_fill(~where, 0), plain.masked_fill(~where, 0)

@@ -88,25 +88,34 @@ def fewest(accumulated: np.ndarray, tau: float) -> int:
 
 
 def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1) -> np.ndarray:
-    """Return the kept positions `[B, groups, P]`: top p by normalised score, the newest visible tokens always."""
+    """Return the kept positions `[B, groups, P]`: the paper's p tokens, then the protected ones on top of them.
+
+    The paper's p tokens are the newest visible one and the best others by normalised score. A protected token that is
+    among them already leaves its place on top to the next best token.
+    """
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
         p = math.ceil(round(keep_ratio * n, 9))
     else:
         p = n if tau == 1 else max(fewest(accumulated[b, g], tau) for b in range(batch) for g in range(groups))
-    p = min(max(p, keep_recent), n)
-    kept = np.zeros((batch, groups, p), dtype=np.int64)
+    p = min(max(p, 1), n)
+    size = min(p + keep_recent - 1, n)
+    kept = np.zeros((batch, groups, size), dtype=np.int64)
     for b in range(batch):
-        newest = [j for j in range(n) if visible[b, j] > 0][-keep_recent:]
+        shown = [j for j in range(n) if visible[b, j] > 0]
         for g in range(groups):
             normalised = [accumulated[b, g, j] / visible[b, j] if visible[b, j] else 0.0 for j in range(n)]
-            others = sorted((j for j in range(n) if j not in newest), key=lambda j: (-normalised[j], j))
-            kept[b, g] = sorted((newest + others)[:p])
+            best_first = sorted(range(n), key=lambda j: (-normalised[j], j))
+            chosen = shown[-1:]
+            chosen += [j for j in best_first if j not in chosen][: p - len(chosen)]
+            chosen += [j for j in shown[-keep_recent:] if j not in chosen]
+            chosen += [j for j in best_first if j not in chosen][: size - len(chosen)]
+            kept[b, g] = sorted(chosen)
     return kept
 
 
 def attention(
-    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, all_queries=False
+    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, queries="selected"
 ) -> np.ndarray:
     """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
@@ -119,14 +128,14 @@ def attention(
             kept = np.zeros(n, dtype=bool)
             kept[np.asarray(positions[b, h // per_group])] = True
             for i in range(n):
-                if kept[i] or all_queries:
+                if kept[i] or queries == "all":
                     seen = look.seen(b, h, i, n) & kept
                     weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                     out[b, h, i] = weights @ v[b, h // factor]
     return out
 
 
-def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None, softcap=None) -> np.ndarray:
+def decode(q, k, v, positions, prompt_length: int, *, mask=None, scale=None, softcap=None) -> np.ndarray:
     """Return `[B, Hq, m, Dv]` of the newest tokens, from `k`, `v` of all logical tokens and the kept prompt tokens."""
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal=False)
     batch, heads, m, width = q.shape
@@ -136,7 +145,7 @@ def decode(q, k, v, positions, prompt: int, *, mask=None, scale=None, softcap=No
     out = np.zeros((batch, heads, m, v.shape[3]))
     for b in range(batch):
         for h in range(heads):
-            cached = np.arange(n) >= prompt
+            cached = np.arange(n) >= prompt_length
             cached[np.asarray(positions[b, h // per_group])] = True
             for i in range(m):
                 seen = look.seen(b, h, i, n) & cached

@@ -1,0 +1,23 @@
+"""The positions of every token: the marker that a pass replaces by a selection.
+
+    out[b, 0, i] = i
+
+A cache layer traces it beside its keys and values, so that the graph returns positions. It becomes PyTorch's own
+operations when a graph is compiled, so that Inductor fuses it with what comes before.
+"""
+
+from __future__ import annotations
+
+import torch
+
+torch.library.define("zipvl::token_positions", "(Tensor k) -> Tensor")
+
+
+@torch.library.impl("zipvl::token_positions", "CompositeImplicitAutograd")
+def _token_positions(k: torch.Tensor) -> torch.Tensor:
+    return torch.arange(k.shape[2], device=k.device).repeat(k.shape[0], 1, 1)
+
+
+def token_positions(k: torch.Tensor) -> torch.Tensor:
+    """Return the positions of every token of `k [B, Hkv, n, D]`: int64 `[B, 1, n]`, 0 to n - 1."""
+    return torch.ops.zipvl.token_positions(k)
