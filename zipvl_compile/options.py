@@ -9,16 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch._dynamo.exc import ShortenTraceback
+from zipvl_compile.dynamo import UserError, inductor_modes
 
 
-# Dynamo wraps whatever a backend raises in BackendCompilerFailed, but for its own short-traceback errors; with both
-# bases a bad option reaches the user as the ValueError that it is.
-class OptionError(ShortenTraceback, ValueError):
-    """An option of the zipvl backend that does not exist or has a bad value."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
+class OptionError(UserError):
+    """An option of the zipvl backend that does not exist or has a bad value; a ValueError."""
 
 
 def _fraction(value: Any) -> bool:
@@ -105,14 +100,8 @@ class ZipVLOptions:
         return parsed
 
 
-def _modes() -> list[str]:
-    from torch._inductor import list_mode_options
-
-    return sorted(list_mode_options())
-
-
 def _is_mode(value: Any) -> bool:
-    return value is None or value in _modes()
+    return value is None or (isinstance(value, str) and value in inductor_modes())
 
 
 _NOT_YET = "It is not available yet; leave the option out."
@@ -141,5 +130,5 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         'Use "inductor" for speed.',
     ),
     "kernel": (_one_of("auto", "triton", "torch"), '"auto", "triton" or "torch"', 'Use "auto" for speed.'),
-    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", or see torch._inductor.list_mode_options().'),
+    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", "reduce-overhead" or "max-autotune".'),
 }

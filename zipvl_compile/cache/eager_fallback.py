@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 import weakref
@@ -10,8 +9,8 @@ from types import FrameType
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
+from zipvl_compile.dynamo import as_plain_tensors, is_compiled_in_place, is_wrapped_for_zipvl
 from zipvl_compile.kernels.kv_view import UNREADABLE
 
 _checked: weakref.WeakSet = weakref.WeakSet()
@@ -26,7 +25,7 @@ def check_generate_is_compiled() -> None:
     if model is None or model in _checked:
         return
     _checked.add(model)
-    if model._compiled_call_impl is None and _wrapped_for_zipvl(model):
+    if not is_compiled_in_place(model) and is_wrapped_for_zipvl(model):
         warnings.warn(
             'torch.compile(model, backend="zipvl").generate(...) runs the original, uncompiled model: PyTorch forwards '
             'generate to it. Use model.compile(backend="zipvl") and then model.generate(...), which compiles in place.',
@@ -46,29 +45,13 @@ def _generating() -> torch.nn.Module | None:
     return None
 
 
-def _wrapped_for_zipvl(model: torch.nn.Module) -> bool:
-    """Return whether some `torch.compile(model, backend="zipvl")` wraps the module.
-
-    Nothing leads from a module to its wrapper, so this looks through the live objects, once per model.
-    """
-    from zipvl_compile.backend import zipvl
-
-    return any(
-        type(wrapper) is OptimizedModule
-        and wrapper._orig_mod is model
-        and callable(wrapper.dynamo_ctx.callback)
-        and getattr(innermost_backend(wrapper.dynamo_ctx.callback), "compiler_fn", None) is zipvl
-        for wrapper in gc.get_objects()
-    )
-
-
 class _PhysicalKeys(torch.Tensor):
     """Keys of a compacted cache in eager mode, which turn a mask of logical length into an error that says why."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensors():
                 result = func(*args, **(kwargs or {}))
         except RuntimeError as error:
             if func is F.scaled_dot_product_attention or func in _ARITHMETIC:

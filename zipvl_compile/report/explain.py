@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.report import compile_report as report
@@ -46,7 +47,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         TypeError: `model` is not a module.
         ValueError: an unknown option, an input that the model does not take, or a model without a KV cache.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = original_of(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
     options = {"inner": "eager", **(options or {})}
@@ -88,7 +89,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Leave no trace: M-RoPE offsets of a generation under way, warnings shown, warnings that zipvl remembers."""
     offsets = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     warned = set(report._warned)
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_dynamo.variables.tensor", "_subclasses.fake_tensor")]
+    loggers = [logging.getLogger(name) for name in TRACING_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from zipvl_compile.dynamo import keep_gpu_asleep, with_real_tensors
 from zipvl_compile.kernels.gather_tokens import gather_tokens
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
@@ -50,7 +50,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 @functools.cache
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
     # A backend runs while Dynamo traces with fake tensors; these are real.
-    with _disable_current_modes(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         return _measure(device, dtype)
 
 
@@ -120,7 +120,7 @@ def _device_medians(runs: dict[str, Callable[[], object]], device: torch.device)
         for i in range(_ROUNDS + 1):
             for name, run in runs.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(1_000_000)  # half a millisecond
+                keep_gpu_asleep(1_000_000)  # half a millisecond
                 start.record()
                 run()
                 end.record()
