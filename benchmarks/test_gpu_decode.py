@@ -59,7 +59,7 @@ def compacted(cache: DynamicCache, ratio: float) -> DynamicCache:
             room = x.new_empty(*x.shape[:2], p + 256, x.shape[3])
             room[:, :, :p] = x[:, :, kept]
             setattr(layer, name, room)
-        layer.kept, layer.prompt_length = kept[None, None], n
+        layer.positions, layer.prompt_length = kept[None, None], n
     return new
 
 

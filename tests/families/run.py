@@ -142,7 +142,7 @@ def note_sites(result: Result, reports: list[CompileReport]) -> None:
 def note_compaction(result: Result, out: Any) -> None:
     cache = getattr(out.past_key_values, "self_attention_cache", out.past_key_values)
     result.cache_layers = [type(layer).__name__ for layer in cache.layers]
-    kept = [(getattr(layer, "kept", None), layer) for layer in cache.layers]
+    kept = [(getattr(layer, "positions", None), layer) for layer in cache.layers]
     result.kept = [None if k is None else round(k.shape[2] / layer.prompt_length, 3) for k, layer in kept]
     result.finite = all(bool(logits.isfinite().all()) for logits in out.logits)
 

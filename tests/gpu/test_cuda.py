@@ -27,7 +27,7 @@ def test_memory_of_dropped_tokens_is_freed():
         cache = compiled(keep_ratio=0.3).cuda()(**x, use_cache=True).past_key_values
     layer = cache.layers[0]
     tokens = layer.keys.untyped_storage().nbytes() // (layer.keys.shape[1] * layer.keys.shape[3] * 4)
-    assert tokens == layer.kept.shape[2] + 32
+    assert tokens == layer.positions.shape[2] + 32
 
 
 def test_default_options_measure_the_gpu_and_leave_a_short_prompt_dense():

@@ -35,7 +35,7 @@ def test_memory_is_freed_and_the_length_stays_logical():
     out = prefill(shared(tau=0.6), inputs(text=30))
     n = inputs(text=30)["input_ids"].shape[1]
     for layer in out.past_key_values.layers:
-        p = layer.kept.shape[2]
+        p = layer.positions.shape[2]
         assert p < 0.7 * n
         assert layer.get_seq_length() == n and layer.get_mask_sizes(1) == (n + 1, 0)
         assert layer.keys.shape[2] == p == layer.cached_length
@@ -71,7 +71,7 @@ def test_manual_loop_without_no_grad_is_sparse_in_eval_mode():
     x = inputs(text=20)
     out = f(**x, use_cache=True)
     assert not out.logits.requires_grad
-    assert all(layer.kept.shape[2] < layer.prompt_length for layer in out.past_key_values.layers)
+    assert all(layer.positions.shape[2] < layer.prompt_length for layer in out.past_key_values.layers)
     f(input_ids=torch.tensor([[9]]), past_key_values=out.past_key_values)
 
 
@@ -92,7 +92,7 @@ def test_training_mode_stays_dense_differentiable_and_says_so():
         out = f(**inputs(text=9), use_cache=True)
     out.logits.sum().backward()
     assert f.get_input_embeddings().weight.grad.abs().sum() > 0
-    assert all(layer.kept is None for layer in out.past_key_values.layers)
+    assert all(layer.positions is None for layer in out.past_key_values.layers)
 
 
 def test_use_cache_false_stays_right():
@@ -111,7 +111,7 @@ def test_growing_beyond_the_spare_room_changes_no_token(tau):
     new = spare_tokens(x["input_ids"].shape[1]) + 12
     out = f.generate(**x, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
     layer = out.past_key_values.layers[0]
-    assert layer.key_buffer.shape[2] > layer.cached_length > layer.kept.shape[2] + 32
+    assert layer.key_buffer.shape[2] > layer.cached_length > layer.positions.shape[2] + 32
     if tau == 1.0:
         assert torch.equal(out.sequences, model().generate(**x, max_new_tokens=new, do_sample=False))
     else:  # the same tokens, one at a time, through a cache whose room never runs out
@@ -165,33 +165,33 @@ def test_crop_of_generated_tokens_continues_as_if_they_never_were():
 def test_crop_into_the_prompt_keeps_the_kept_tokens_before_the_cut():
     cache = prefill(shared(tau=0.7), inputs(text=20)).past_key_values
     layer = cache.layers[0]
-    kept, keys = layer.kept.clone(), layer.keys.clone()
+    kept, keys = layer.positions.clone(), layer.keys.clone()
     n = layer.prompt_length - 10
     cache.crop(-10)
     p = int((kept < n).sum())
-    assert torch.equal(layer.kept, kept[:, :, :p]) and torch.equal(layer.keys, keys[:, :, :p])
-    assert layer.get_seq_length() == n and layer.positions.shape[2] == layer.keys.shape[2]
+    assert torch.equal(layer.positions, kept[:, :, :p]) and torch.equal(layer.keys, keys[:, :, :p])
+    assert layer.get_seq_length() == n and layer.cached_positions.shape[2] == layer.keys.shape[2]
 
 
 def test_crop_refuses_what_it_cannot_do_and_changes_nothing():
     layer = CompactLayer()
     layer.key_buffer = layer.value_buffer = torch.randn(2, 1, 4, 2)
-    layer.kept = torch.tensor([[[0, 1, 8]], [[0, 8, 9]]])
+    layer.positions = torch.tensor([[[0, 1, 8]], [[0, 8, 9]]])
     layer.prompt_length = layer.cumulative_length = 10
     layer.is_initialized = True
     for bad, message in ((3, "negative"), (-11, "at most 10"), (-3, "batch of 2")):
         with pytest.raises(ValueError, match=message):
             layer.crop(bad)
-        assert layer.kept.shape[2] == 3 and layer.get_seq_length() == 10
+        assert layer.positions.shape[2] == 3 and layer.get_seq_length() == 10
 
 
 def test_batch_operations_act_on_keys_values_and_positions():
     cache = prefill(shared(tau=0.7), inputs(batch=2, text=20)).past_key_values
-    before = [(layer.keys.clone(), layer.values.clone(), layer.positions.clone()) for layer in cache.layers]
+    before = [(layer.keys.clone(), layer.values.clone(), layer.cached_positions.clone()) for layer in cache.layers]
 
     def check(index):
         for layer, state in zip(cache.layers, before, strict=True):
-            for now, old in zip((layer.keys, layer.values, layer.positions), state, strict=True):
+            for now, old in zip((layer.keys, layer.values, layer.cached_positions), state, strict=True):
                 assert torch.equal(now, old[index])
 
     cache.batch_repeat_interleave(2)
@@ -226,10 +226,10 @@ def test_left_padding_below_tau_1_drops_padding_first():
     x = inputs(batch=2, text=16, pad=9)
     out = shared(tau=0.8).generate(**x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     for layer in out.past_key_values.layers:
-        assert layer.kept.shape[2] < layer.prompt_length
-        padded = layer.kept[0, 0] < 9
+        assert layer.positions.shape[2] < layer.prompt_length
+        padded = layer.positions[0, 0] < 9
         others = layer.prompt_length - 9
-        assert not padded.any() or layer.kept.shape[2] > others
+        assert not padded.any() or layer.positions.shape[2] > others
 
 
 def test_sampling_repeats_with_a_seed_and_equals_eager_at_tau_1():
@@ -259,7 +259,7 @@ def test_a_dense_inductor_like_backend_is_untouched_by_the_registered_layer():
     out = f.generate(**x, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, model().generate(**x, max_new_tokens=6, do_sample=False))
     for layer in out.past_key_values.layers:
-        assert layer.kept is None and layer.keys.shape[2] == layer.get_seq_length()
+        assert layer.positions is None and layer.keys.shape[2] == layer.get_seq_length()
 
 
 def test_eager_decode_of_one_token_on_a_compacted_cache_equals_compiled():
@@ -333,11 +333,11 @@ def test_generate_on_the_wrapper_warns_once_with_the_remedy_and_only_then():
 def test_short_prompts_stay_dense_and_longer_ones_do_not():
     f = shared(tau=0.6, min_tokens=90)
     short, long = prefill(f, inputs(text=12)), prefill(f, inputs(text=60))
-    assert all(layer.kept.shape[2] == layer.prompt_length for layer in short.past_key_values.layers)
-    assert all(layer.kept.shape[2] < layer.prompt_length for layer in long.past_key_values.layers)
+    assert all(layer.positions.shape[2] == layer.prompt_length for layer in short.past_key_values.layers)
+    assert all(layer.positions.shape[2] < layer.prompt_length for layer in long.past_key_values.layers)
     torch.testing.assert_close(short.logits, prefill(model(), inputs(text=12)).logits, atol=2e-5, rtol=1e-4)
     again = prefill(f, inputs(text=11))
-    assert all(layer.kept.shape[2] == layer.prompt_length for layer in again.past_key_values.layers)
+    assert all(layer.positions.shape[2] == layer.prompt_length for layer in again.past_key_values.layers)
 
 
 def test_a_prompt_of_one_token_equals_eager():

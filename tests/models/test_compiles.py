@@ -34,7 +34,7 @@ def test_equal_numbers_of_kept_tokens_in_two_layers_do_not_become_a_guard():
     torch._dynamo.reset()
     f = compiled(tau=0.7)
     out = f.generate(**inputs(text=15, seed=1), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    a, b = (layer.kept.shape[2] for layer in out.past_key_values.layers)
+    a, b = (layer.positions.shape[2] for layer in out.past_key_values.layers)
     assert a == b, "pick a prompt whose layers keep equally many tokens"
     f.generate(**inputs(text=20, seed=2), max_new_tokens=4, do_sample=False)
     with collect() as later:
@@ -42,7 +42,7 @@ def test_equal_numbers_of_kept_tokens_in_two_layers_do_not_become_a_guard():
         for i in range(8):
             x = inputs(text=20 + i, seed=100 + i)
             out = f.generate(**x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-            counts.add(tuple(layer.kept.shape[2] for layer in out.past_key_values.layers))
+            counts.add(tuple(layer.positions.shape[2] for layer in out.past_key_values.layers))
     assert any(a != b for a, b in counts)
     assert later == []
 

@@ -90,9 +90,9 @@ def test_cache_below_tau_1_is_compacted_and_never_holds_padding(family):
     assert compact and all(layer.get_seq_length() == n + NEW_TOKENS - 1 for layer in compact)
     for layer in compact:
         assert layer.prompt_length == n
-        assert layer.kept.shape[2] < 0.9 * n
-        assert layer.kept[0].min() >= pad, "padding is never important"
-        assert layer.cached_length == layer.kept.shape[2] + NEW_TOKENS - 1
+        assert layer.positions.shape[2] < 0.9 * n
+        assert layer.positions[0].min() >= pad, "padding is never important"
+        assert layer.cached_length == layer.positions.shape[2] + NEW_TOKENS - 1
     sites = [site for report in reports for site in report.sites]
     for kind in ("prefill", "decode"):
         names = {site.layer for site in sites if site.kind == kind and site.rewritten}

@@ -26,4 +26,4 @@ def kept_tokens(past_key_values: Cache) -> list[torch.Tensor | None]:
             f"past_key_values: expected a transformers Cache, got {type(past_key_values).__name__}. "
             "Pass out.past_key_values, or generate(..., return_dict_in_generate=True).past_key_values."
         )
-    return [layer.positions if isinstance(layer, CompactLayer) else None for layer in past_key_values.layers]
+    return [layer.cached_positions if isinstance(layer, CompactLayer) else None for layer in past_key_values.layers]

@@ -25,7 +25,7 @@ class Answer:
 
     Attributes:
         text: the new tokens, decoded.
-        prompt: prompt length (tokens).
+        prompt_length: of the prompt (tokens).
         kept: kept prompt positions of each cache layer, int64 `[P]`; None for layers of another kind.
         first_token: time to the first new token: vision tower, prefill and what `generate` adds (seconds).
         per_token: mean time of the later ones (seconds), None if there were none.
@@ -35,7 +35,7 @@ class Answer:
     """
 
     text: str
-    prompt: int
+    prompt_length: int
     kept: list[torch.Tensor | None]
     first_token: float
     per_token: float | None
@@ -66,7 +66,7 @@ class Comparison:
         rows: list[tuple[float, float] | None] = []
         for layer in zip(*(answer.kept for answer in self.sparse), strict=True):
             counts = [kept.numel() for kept in layer if kept is not None]
-            shares = [count / answer.prompt for count, answer in zip(counts, self.sparse, strict=False)]
+            shares = [count / answer.prompt_length for count, answer in zip(counts, self.sparse, strict=False)]
             rows.append((mean(counts), mean(shares)) if counts else None)
         return rows
 
@@ -124,13 +124,13 @@ def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_
     start, first, *later = clock.times
     return Answer(
         text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),
-        prompt=n,
+        prompt_length=n,
         kept=[None if p is None else p[0, 0][p[0, 0] < n].cpu() for p in kept_tokens(cache)],
         first_token=first - start,
         per_token=(later[-1] - first) / len(later) if later else None,
         kv_used=_kv_bytes(cache, allocated=False),
         kv_allocated=_kv_bytes(cache, allocated=True),
-        compacted=any(isinstance(layer, CompactLayer) and layer.kept is not None for layer in cache.layers),
+        compacted=any(isinstance(layer, CompactLayer) and layer.positions is not None for layer in cache.layers),
     )
 
 

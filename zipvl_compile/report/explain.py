@@ -182,7 +182,7 @@ def _without_repeats(sites: list[SiteOutcome]) -> list[SiteOutcome]:
 def _kept_counts(cache: Cache) -> dict[int, int]:
     """Return how many prompt tokens each cache layer that went through zipvl keeps, by layer number."""
     layers = enumerate(cache.layers)
-    return {i: x.kept.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.kept is not None}
+    return {i: x.positions.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.positions is not None}
 
 
 def _with_kept_tokens(
