@@ -281,7 +281,7 @@ def test_eager_read_of_a_compacted_cache_that_would_be_wrong_is_an_error_with_th
     padded = inputs(batch=2, text=16, pad=6)
     cache = prefill(f, padded).past_key_values
     mask = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-    with pytest.raises(RuntimeError, match="mask over all tokens"), torch.no_grad():
+    with pytest.raises(RuntimeError, match=r"mask over all \d+ tokens"), torch.no_grad():
         model()(input_ids=torch.tensor([[9], [9]]), attention_mask=mask, past_key_values=cache)
 
 
