@@ -1,7 +1,9 @@
 """The options of the backend: what each accepts, and errors that reach the user as a ValueError with a remedy."""
 
 import dataclasses
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,51 @@ def test_what_is_not_available_yet_says_so(name, value):
     assert value in str(raised.value)
 
 
+def test_tau_and_keep_ratio_exclude_each_other():
+    assert ZipVLOptions.parse({"tau": 0.9, "keep_ratio": None}).tau == 0.9
+    assert ZipVLOptions.parse({"keep_ratio": 0.3}) == ZipVLOptions(keep_ratio=0.3)
+    for tau in (0.9, ZipVLOptions.tau):
+        with pytest.raises(OptionError, match=rf"'tau' and 'keep_ratio': expected one of them, got tau={tau} and"):
+            ZipVLOptions.parse({"keep_ratio": 0.3, "tau": tau})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_mode_is_inductors_only(inner):
+    assert ZipVLOptions.parse({"inner": "inductor"}, "max-autotune").mode == "max-autotune"
+    assert ZipVLOptions.parse({"inner": inner, "mode": None}).inner == inner
+    for given in (({"inner": inner, "mode": "max-autotune"},), ({"inner": inner}, "max-autotune")):
+        with pytest.raises(OptionError, match=rf"'mode': expected inner='inductor'.*got.*inner='{inner}'\. Leave"):
+            ZipVLOptions.parse(*given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("tau", np.float64(0.9), float),
+        ("tau", np.float32(0.5), float),
+        ("tau", Fraction(1, 2), float),
+        ("tau", np.int64(1), int),
+        ("keep_ratio", np.float16(0.25), float),
+        ("seed", np.uint64(2**63 - 1), int),
+        ("min_tokens", np.int32(3), int),
+        ("keep_recent", np.int64(3), int),
+    ],
+)
+def test_numbers_of_numpy_become_pythons(name, value, kind):
+    stored = getattr(ZipVLOptions.parse({name: value}), name)
+    assert type(stored) is kind and stored == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tau", np.float64("nan")), ("tau", np.bool_(True)), ("seed", np.float64(3)), ("keep_recent", np.int64(0)),
+     ("min_tokens", np.bool_(False)), ("tau", np.array([0.5])), ("inner", np.array(["eager", "eager"]))],
+)  # fmt: skip
+def test_other_things_of_numpy_are_refused(name, value):
+    with pytest.raises(OptionError, match=f"zipvl option '{name}': expected"):
+        ZipVLOptions.parse({name: value})
+
+
 def test_mode_comes_by_either_way():
     assert ZipVLOptions.parse(mode="max-autotune").mode == "max-autotune"
     assert ZipVLOptions.parse({"mode": "max-autotune"}).mode == "max-autotune"
@@ -163,6 +210,8 @@ BY_COMPILE = {
     "kernel": ({"options": {"kernel": "cuda"}}, "zipvl option 'kernel': expected \"auto\", \"triton\" or \"torch\""),
     "mode": ({"mode": "fast"}, "zipvl option 'mode': expected None or a mode of torch.compile, got 'fast'."),
     "mode-in-options": ({"options": {"mode": "fast"}}, "zipvl option 'mode'"),
+    "mode-and-inner": ({"options": {"mode": "default", "inner": "eager"}}, "expected inner='inductor'"),
+    "both-rules": ({"options": {"tau": 0.9, "keep_ratio": 0.5}}, "expected one of them"),
     "probes": ({"options": {"recent_probes": 0, "random_probes": 0}}, "at least one probe row"),
 }
 

@@ -50,8 +50,11 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     model = original_of(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
-    options = {"inner": "eager", **(options or {})}
+    options = dict(options or {})
     ZipVLOptions.parse(options)
+    if "inner" not in options:
+        options["inner"] = "eager"
+        options.pop("mode", None)  # Inductor's
     _check_inputs(model, inputs)
     with _undisturbed(model), report.collect() as reports, torch.no_grad():
         compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))

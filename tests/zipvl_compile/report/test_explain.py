@@ -177,6 +177,11 @@ def test_bad_arguments_are_explained(model, inputs, change, message):
         zipvl_compile.explain(model, **given)
 
 
+def test_a_mode_of_inductor_is_no_hindrance(model, inputs, explanation):
+    options = {**EVERY_LENGTH, "keep_ratio": 0.25, "mode": "max-autotune"}
+    assert zipvl_compile.explain(model, options=options, **inputs) == explanation
+
+
 def test_only_models_are_explained(inputs):
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
         zipvl_compile.explain("llava", **inputs)
