@@ -12,7 +12,6 @@ from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seco
 from zipvl_compile.report import costs as module
 from zipvl_compile.report.compile_report import collect
 from zipvl_compile.report.costs import costs, least_tokens
-from zipvl_compile.report.machine import machine
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -27,20 +26,6 @@ def fresh():
 @pytest.fixture
 def known(monkeypatch):
     monkeypatch.setattr(module, "machine", lambda device, dtype: SLOW_SITE)
-
-
-def test_this_machine_is_measured_once():
-    measured = machine(CPU, torch.float32)
-    assert all(value >= 0 for value in dataclasses.astuple(measured)) and measured.attend > 0
-    assert machine(CPU, torch.float32) is measured
-
-
-def test_measuring_leaves_the_random_numbers_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    machine(CPU, torch.float64)
-    assert torch.equal(torch.rand(4), expected)
 
 
 def test_the_option_wins():
