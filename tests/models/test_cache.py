@@ -13,6 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 import zipvl_compile
 from zipvl_compile.cache.compact_layer import CompactLayer, spare_tokens
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 
 
 def prefill(f, x):
@@ -23,7 +24,7 @@ def prefill(f, x):
 
 def step(f, token, cache):
     with torch.no_grad():
-        return f(input_ids=token, past_key_values=cache, use_cache=True)
+        return f(input_ids=token, **as_argument(cache), use_cache=True)
 
 
 def test_the_layer_registers_itself_for_full_attention_and_nothing_else():
@@ -34,7 +35,7 @@ def test_the_layer_registers_itself_for_full_attention_and_nothing_else():
 def test_memory_is_freed_and_the_length_stays_logical():
     out = prefill(shared(tau=0.6), inputs(text=30))
     n = inputs(text=30)["input_ids"].shape[1]
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         p = layer.positions.shape[2]
         assert p < 0.7 * n
         assert layer.get_seq_length() == n and layer.get_mask_sizes(1) == (n + 1, 0)
@@ -49,7 +50,7 @@ def test_evict_keep_keeps_the_full_cache_and_still_sparsifies_the_prefill():
     full = prefill(shared(tau=0.6, evict="keep"), x)
     sparse = prefill(shared(tau=0.6), x)
     n = x["input_ids"].shape[1]
-    assert all(layer.keys.shape[2] == n for layer in full.past_key_values.layers)
+    assert all(layer.keys.shape[2] == n for layer in cache_of(full).layers)
     torch.testing.assert_close(full.logits, sparse.logits)
     assert not torch.allclose(full.logits, prefill(model(), x).logits, atol=1e-3)
 
@@ -61,7 +62,7 @@ def test_manual_loop_equals_generate():
     out = prefill(f, x)
     tokens = [out.logits[:, -1:].argmax(-1)]
     for _ in range(7):
-        out = step(f, tokens[-1], out.past_key_values)
+        out = step(f, tokens[-1], cache_of(out))
         tokens.append(out.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(tokens, 1), generated)
 
@@ -71,8 +72,8 @@ def test_manual_loop_without_no_grad_is_sparse_in_eval_mode():
     x = inputs(text=20)
     out = f(**x, use_cache=True)
     assert not out.logits.requires_grad
-    assert all(layer.positions.shape[2] < layer.prompt_length for layer in out.past_key_values.layers)
-    f(input_ids=torch.tensor([[9]]), past_key_values=out.past_key_values)
+    assert all(layer.positions.shape[2] < layer.prompt_length for layer in cache_of(out).layers)
+    f(input_ids=torch.tensor([[9]]), **as_argument(cache_of(out)))
 
 
 def test_torch_compile_as_a_callable_equals_model_compile():
@@ -81,8 +82,8 @@ def test_torch_compile_as_a_callable_equals_model_compile():
     f = torch.compile(model(), backend="zipvl", options={"tau": 0.7, "inner": "eager", "min_tokens": 0})
     out = prefill(f, x)
     assert torch.equal(out.logits, reference.logits)
-    a = step(f, torch.tensor([[7]]), out.past_key_values).logits
-    assert torch.equal(a, step(f, torch.tensor([[7]]), reference.past_key_values).logits)
+    a = step(f, torch.tensor([[7]]), cache_of(out)).logits
+    assert torch.equal(a, step(f, torch.tensor([[7]]), cache_of(reference)).logits)
 
 
 def test_training_mode_stays_dense_differentiable_and_says_so():
@@ -92,7 +93,7 @@ def test_training_mode_stays_dense_differentiable_and_says_so():
         out = f(**inputs(text=9), use_cache=True)
     out.logits.sum().backward()
     assert f.get_input_embeddings().weight.grad.abs().sum() > 0
-    assert all(layer.positions is None for layer in out.past_key_values.layers)
+    assert all(layer.positions is None for layer in cache_of(out).layers)
 
 
 def test_use_cache_false_stays_right():
@@ -100,7 +101,7 @@ def test_use_cache_false_stays_right():
     with torch.no_grad():
         out = shared(tau=0.7)(**x, use_cache=False)
         expected = model()(**x, use_cache=False)
-    assert out.past_key_values is None
+    assert cache_of(out) is None
     torch.testing.assert_close(out.logits, expected.logits)
 
 
@@ -110,7 +111,7 @@ def test_growing_beyond_the_spare_room_changes_no_token(tau):
     f = shared(tau=tau)
     new = spare_tokens(x["input_ids"].shape[1]) + 12
     out = f.generate(**x, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
-    layer = out.past_key_values.layers[0]
+    layer = cache_of(out).layers[0]
     assert layer.key_buffer.shape[2] > layer.cached_length > layer.positions.shape[2] + 32
     if tau == 1.0:
         assert torch.equal(out.sequences, model().generate(**x, max_new_tokens=new, do_sample=False))
@@ -121,7 +122,7 @@ def test_growing_beyond_the_spare_room_changes_no_token(tau):
 
 def test_decode_appends_in_place():
     f = shared(tau=0.7)
-    cache = prefill(f, inputs(text=20)).past_key_values
+    cache = cache_of(prefill(f, inputs(text=20)))
     where = [layer.key_buffer.data_ptr() for layer in cache.layers]
     for token in (5, 6, 7):
         step(f, torch.tensor([[token]]), cache)
@@ -130,7 +131,7 @@ def test_decode_appends_in_place():
 
 def second_turn(f, x, turn):
     out = prefill(f, x)
-    return step(f, turn, out.past_key_values), out.past_key_values
+    return step(f, turn, cache_of(out)), cache_of(out)
 
 
 def test_second_turn_of_several_tokens_at_tau_1_equals_eager():
@@ -145,7 +146,7 @@ def test_second_turn_on_a_compacted_cache_equals_the_same_tokens_one_by_one():
     x, turn = inputs(text=20), torch.tensor([[9, 10, 11, 12]])
     f = shared(tau=0.7)
     together, _ = second_turn(f, x, turn)
-    cache = prefill(f, x).past_key_values
+    cache = cache_of(prefill(f, x))
     apart = [step(f, turn[:, i : i + 1], cache).logits for i in range(4)]
     torch.testing.assert_close(together.logits, torch.cat(apart, 1), atol=2e-5, rtol=1e-4)
 
@@ -153,7 +154,7 @@ def test_second_turn_on_a_compacted_cache_equals_the_same_tokens_one_by_one():
 def test_crop_of_generated_tokens_continues_as_if_they_never_were():
     x = inputs(text=20)
     f = shared(tau=0.7)
-    cache = prefill(f, x).past_key_values
+    cache = cache_of(prefill(f, x))
     expected = step(f, torch.tensor([[9]]), copy.deepcopy(cache)).logits
     for token in (5, 6, 7):
         step(f, torch.tensor([[token]]), cache)
@@ -163,7 +164,7 @@ def test_crop_of_generated_tokens_continues_as_if_they_never_were():
 
 
 def test_crop_into_the_prompt_keeps_the_kept_tokens_before_the_cut():
-    cache = prefill(shared(tau=0.7), inputs(text=20)).past_key_values
+    cache = cache_of(prefill(shared(tau=0.7), inputs(text=20)))
     layer = cache.layers[0]
     kept, keys = layer.positions.clone(), layer.keys.clone()
     n = layer.prompt_length - 10
@@ -186,7 +187,7 @@ def test_crop_refuses_what_it_cannot_do_and_changes_nothing():
 
 
 def test_batch_operations_act_on_keys_values_and_positions():
-    cache = prefill(shared(tau=0.7), inputs(batch=2, text=20)).past_key_values
+    cache = cache_of(prefill(shared(tau=0.7), inputs(batch=2, text=20)))
     before = [(layer.keys.clone(), layer.values.clone(), layer.cached_positions.clone()) for layer in cache.layers]
 
     def check(index):
@@ -206,11 +207,11 @@ def test_reset_empties_the_cache_for_another_prompt():
     f = shared(tau=0.7)
     x = inputs(text=20)
     fresh = prefill(f, x)
-    cache = prefill(f, inputs(text=11, seed=3)).past_key_values
+    cache = cache_of(prefill(f, inputs(text=11, seed=3)))
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
     with torch.no_grad():
-        again = f(**x, past_key_values=cache, use_cache=True)
+        again = f(**x, **as_argument(cache), use_cache=True)
     assert torch.equal(again.logits, fresh.logits)
 
 
@@ -225,7 +226,7 @@ def test_padding_at_tau_1_equals_eager(side):
 def test_left_padding_below_tau_1_drops_padding_first():
     x = inputs(batch=2, text=16, pad=9)
     out = shared(tau=0.8).generate(**x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         assert layer.positions.shape[2] < layer.prompt_length
         padded = layer.positions[0, 0] < 9
         others = layer.prompt_length - 9
@@ -258,14 +259,14 @@ def test_a_dense_inductor_like_backend_is_untouched_by_the_registered_layer():
     f.compile(backend="eager")
     out = f.generate(**x, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, model().generate(**x, max_new_tokens=6, do_sample=False))
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         assert layer.positions is None and layer.keys.shape[2] == layer.get_seq_length()
 
 
 def test_eager_decode_of_one_token_on_a_compacted_cache_equals_compiled():
     x = inputs(text=20)
     f = shared(tau=0.7)
-    cache = prefill(f, x).past_key_values
+    cache = cache_of(prefill(f, x))
     other = copy.deepcopy(cache)
     expected = step(f, torch.tensor([[9]]), cache).logits
     torch.testing.assert_close(step(model(), torch.tensor([[9]]), other).logits, expected, atol=2e-5, rtol=1e-4)
@@ -274,19 +275,19 @@ def test_eager_decode_of_one_token_on_a_compacted_cache_equals_compiled():
 
 def test_eager_read_of_a_compacted_cache_that_would_be_wrong_is_an_error_with_the_remedy():
     f = shared(tau=0.7)
-    cache = prefill(f, inputs(text=20)).past_key_values
+    cache = cache_of(prefill(f, inputs(text=20)))
     with pytest.raises(RuntimeError, match=r"2 new tokens.*model.compile\(backend='zipvl'\)"):
         step(model(), torch.tensor([[9, 10]]), cache)
     assert cache.get_seq_length() == inputs(text=20)["input_ids"].shape[1]
     padded = inputs(batch=2, text=16, pad=6)
-    cache = prefill(f, padded).past_key_values
+    cache = cache_of(prefill(f, padded))
     mask = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     with pytest.raises(RuntimeError, match=r"mask over all \d+ tokens"), torch.no_grad():
-        model()(input_ids=torch.tensor([[9], [9]]), attention_mask=mask, past_key_values=cache)
+        model()(input_ids=torch.tensor([[9], [9]]), attention_mask=mask, **as_argument(cache))
 
 
 def test_a_cache_that_another_batch_filled_is_refused_and_unchanged():
-    cache = prefill(model(), inputs(batch=2, text=20)).past_key_values
+    cache = cache_of(prefill(model(), inputs(batch=2, text=20)))
     n = cache.get_seq_length()
     with pytest.raises(ValueError, match="batch, heads and head_dim"):
         cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
@@ -297,7 +298,7 @@ def test_a_cache_without_config_stays_dense_right_and_reported():
     x = inputs(text=20)
     f = shared(tau=0.5)
     with zipvl_compile.report.compile_report.collect() as reports, torch.no_grad():
-        out = f(**x, past_key_values=DynamicCache(), use_cache=True)
+        out = f(**x, **as_argument(DynamicCache()), use_cache=True)
     torch.testing.assert_close(out.logits, prefill(model(), x).logits)
     reasons = {site.reason for report in reports for site in report.sites if "language_model" in site.layer}
     assert any("DynamicCache(config=model.config)" in reason for reason in reasons), reasons
@@ -306,12 +307,17 @@ def test_a_cache_without_config_stays_dense_right_and_reported():
 def test_kept_tokens_returns_positions_per_layer():
     out = shared(tau=0.7).generate(**inputs(text=20), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     n = inputs(text=20)["input_ids"].shape[1]
-    for kept, layer in zip(zipvl_compile.kept_tokens(out.past_key_values), out.past_key_values.layers, strict=True):
+    cache = cache_of(out)
+    for kept, same, layer in zip(*map(zipvl_compile.kept_tokens, (out, cache)), cache.layers, strict=True):
+        assert torch.equal(kept, same)
         assert kept.dtype == torch.int64 and kept.shape == (1, 1, layer.keys.shape[2])
         assert (kept.diff(dim=-1) > 0).all() and kept[0, 0, -3:].tolist() == [n, n + 1, n + 2]
         assert (n - 1) in kept[0, 0]
-    with pytest.raises(TypeError, match="past_key_values"):
-        zipvl_compile.kept_tokens(out.past_key_values.layers)
+    for bad in (cache.layers, out.sequences, None):
+        with pytest.raises(
+            TypeError, match=f"cache: expected a transformers Cache or an output.*got {type(bad).__name__}"
+        ):
+            zipvl_compile.kept_tokens(bad)
 
 
 def test_generate_on_the_wrapper_warns_once_with_the_remedy_and_only_then():
@@ -333,11 +339,11 @@ def test_generate_on_the_wrapper_warns_once_with_the_remedy_and_only_then():
 def test_short_prompts_stay_dense_and_longer_ones_do_not():
     f = shared(tau=0.6, min_tokens=90)
     short, long = prefill(f, inputs(text=12)), prefill(f, inputs(text=60))
-    assert all(layer.positions.shape[2] == layer.prompt_length for layer in short.past_key_values.layers)
-    assert all(layer.positions.shape[2] < layer.prompt_length for layer in long.past_key_values.layers)
+    assert all(layer.positions.shape[2] == layer.prompt_length for layer in cache_of(short).layers)
+    assert all(layer.positions.shape[2] < layer.prompt_length for layer in cache_of(long).layers)
     torch.testing.assert_close(short.logits, prefill(model(), inputs(text=12)).logits, atol=2e-5, rtol=1e-4)
     again = prefill(f, inputs(text=11))
-    assert all(layer.positions.shape[2] == layer.prompt_length for layer in again.past_key_values.layers)
+    assert all(layer.positions.shape[2] == layer.prompt_length for layer in cache_of(again).layers)
 
 
 def test_a_prompt_of_one_token_equals_eager():
@@ -346,7 +352,7 @@ def test_a_prompt_of_one_token_equals_eager():
     with torch.no_grad():
         out, expected = f(input_ids=token, use_cache=True), e(input_ids=token, use_cache=True)
         torch.testing.assert_close(out.logits, expected.logits)
-        a, b = (m(input_ids=token, past_key_values=o.past_key_values).logits for m, o in ((f, out), (e, expected)))
+        a, b = (m(input_ids=token, **as_argument(cache_of(o))).logits for m, o in ((f, out), (e, expected)))
     torch.testing.assert_close(a, b)
 
 

@@ -14,6 +14,7 @@ from families.run import generate, problems, prompts, run
 from support.tiny_models import FAMILIES, VOCAB, compiled, inputs, model
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.compiling import generating_modules
 from zipvl_compile.report.compile_report import collect
 
@@ -86,7 +87,7 @@ def test_cache_below_tau_1_is_compacted_and_never_holds_padding(family):
     assert out.sequences.shape == (2, n + NEW_TOKENS)
     assert out.sequences.min() >= 0 and out.sequences.max() < VOCAB
     assert all(logits.isfinite().all() for logits in out.logits)
-    compact = [layer for layer in out.past_key_values.layers if isinstance(layer, CompactLayer)]
+    compact = [layer for layer in cache_of(out).layers if isinstance(layer, CompactLayer)]
     assert compact and all(layer.get_seq_length() == n + NEW_TOKENS - 1 for layer in compact)
     for layer in compact:
         assert layer.prompt_length == n

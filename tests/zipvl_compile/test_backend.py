@@ -9,6 +9,7 @@ from support.tiny_models import compiled, inputs, model
 from torch import nn
 
 import zipvl_compile
+from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.compiling import generating_modules
 from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls
@@ -48,7 +49,7 @@ def test_on_a_model_that_generates_it_equals_model_compile():
     assert zipvl_compile.compile(f, tau=0.8, **EVERY_LENGTH) == [""]
     out, expected = (generate(m, inputs("llava")) for m in (f, same))
     assert torch.equal(out.sequences, expected.sequences)
-    for a, b in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for a, b in zip(cache_of(out).layers, cache_of(expected).layers, strict=True):
         assert torch.equal(a.positions, b.positions) and a.positions.shape[2] < a.prompt_length
 
 

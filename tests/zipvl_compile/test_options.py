@@ -207,7 +207,7 @@ BY_COMPILE = {
     "value": ({"options": {"tau": 2}}, "zipvl option 'tau': expected a fraction in (0, 1], got 2."),
     "name": ({"options": {"tua": 0.5}}, "Did you mean 'tau'?"),
     "groups": ({"options": {"groups": "kv_head"}}, "not available yet"),
-    "kernel": ({"options": {"kernel": "cuda"}}, "zipvl option 'kernel': expected \"auto\", \"triton\" or \"torch\""),
+    "kernel": ({"options": {"kernel": "cuda"}}, 'zipvl option \'kernel\': expected "auto", "triton" or "torch"'),
     "mode": ({"mode": "fast"}, "zipvl option 'mode': expected None or a mode of torch.compile, got 'fast'."),
     "mode-in-options": ({"options": {"mode": "fast"}}, "zipvl option 'mode'"),
     "mode-and-inner": ({"options": {"mode": "default", "inner": "eager"}}, "expected inner='inductor'"),

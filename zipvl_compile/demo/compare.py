@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.cache.kept_tokens import kept_tokens
 
 Inputs = Mapping[str, torch.Tensor]
@@ -108,7 +109,11 @@ def compiled_pair(
 
 
 def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
-    """Generate greedily from one prompt (batch 1) and time every token."""
+    """Generate greedily from one prompt (batch 1) and time every token.
+
+    Raises:
+        ValueError: the model generates without a KV cache.
+    """
     n = inputs["input_ids"].shape[1]
     clock = _Clock()
     out = model.generate(
@@ -120,7 +125,12 @@ def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_
         return_dict_in_generate=True,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    cache = out.past_key_values
+    cache = cache_of(out)
+    if cache is None:
+        raise ValueError(
+            f"model: expected one that generates with a KV cache, got {type(model).__name__}, which returned none. "
+            "Set use_cache=True in its generation_config."
+        )
     start, first, *later = clock.times
     return Answer(
         text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),

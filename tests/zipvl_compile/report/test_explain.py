@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import zipvl_compile
+from zipvl_compile.cache.hf_names import CACHE_NAME
 from zipvl_compile.report import compile_report as report
 
 LAYERS, VISION_LAYERS, PATCHES, TEXT = 2, 1, 16, 40
@@ -164,7 +165,7 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
     ("change", "message"),
     [
         ({"pixel_vals": torch.zeros(1)}, "'pixel_vals'.*Did you mean 'pixel_values'"),
-        ({"past_key_values": object()}, "past_key_values: expected a prompt without a cache"),
+        ({CACHE_NAME: object()}, f"{CACHE_NAME}: expected a prompt without a cache"),
         ({"input_ids": None}, "expected a prompt as input_ids"),
         ({"options": {"tua": 1.0}}, "'tua'.*Did you mean 'tau'"),
         ({"options": {"tau": 2.0}}, "'tau': expected a fraction"),
@@ -188,5 +189,5 @@ def test_only_models_are_explained(inputs):
 
 
 def test_a_model_without_a_cache_is_named(model, inputs):
-    with pytest.raises(ValueError, match="forward returns logits and past_key_values, got LlavaModel"):
+    with pytest.raises(ValueError, match="forward returns logits and a KV cache, got LlavaModel"):
         zipvl_compile.explain(model.model, input_ids=inputs["input_ids"][:, -TEXT:])
