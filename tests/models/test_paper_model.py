@@ -18,12 +18,6 @@ from zipvl_compile.kernels.probe_rows import probe_rows
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    # Past its recompile limit Dynamo runs code that was compiled for the options of another test.
-    torch._dynamo.reset()
-
-
 def rotate(x, cos, sin):
     """Apply rotary embedding to `x [B, H, n, D]`, pair (d, d + D/2) by pair; `cos`, `sin` are `[n, D/2]`."""
     a, b = np.split(x, 2, -1)

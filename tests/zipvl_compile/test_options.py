@@ -229,38 +229,3 @@ def test_the_user_of_compile_gets_a_value_error(case, how):
         model(torch.ones(1, 3))
     assert isinstance(raised.value, OptionError) and not isinstance(raised.value, BackendCompilerFailed)
     assert str(raised.value).startswith("zipvl option") and message in str(raised.value)
-
-
-@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
-def test_a_graph_without_attention_compiles(inner):
-    model, x = Small().eval(), torch.randn(4, 3)
-    compiled = torch.compile(model, backend="zipvl", options={"inner": inner, "tau": 0.5})
-    torch.testing.assert_close(compiled(x), model(x))
-
-
-@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
-def test_mode_is_handed_to_inductor(monkeypatch, given):
-    from torch._inductor import compile_fx, list_mode_options
-
-    seen = []
-
-    def spy(gm, example_inputs, config_patches=None, **others):
-        seen.append(config_patches)
-        return gm.forward
-
-    monkeypatch.setattr(compile_fx, "compile_fx", spy)
-    torch.compile(Small().eval(), backend="zipvl", **given)(torch.ones(1, 3))
-    assert seen == [list_mode_options(given.get("mode") or given["options"]["mode"])]
-
-
-def test_without_a_mode_inductor_gets_no_patches(monkeypatch):
-    from torch._inductor import compile_fx
-
-    seen = []
-    monkeypatch.setattr(
-        compile_fx,
-        "compile_fx",
-        lambda gm, example_inputs, config_patches=None: seen.append(config_patches) or gm.forward,
-    )
-    torch.compile(Small().eval(), backend="zipvl")(torch.ones(1, 3))
-    assert seen == [None]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tiny_llava import compiled, inputs, model, prompt_cache, shared, step
 
 from zipvl_compile.cache import eager_fallback
 from zipvl_compile.cache.eager_fallback import read_in_eager
+from zipvl_compile.cache.hf_names import as_argument
 
 CACHED, LOGICAL = 5, 9
 
@@ -114,3 +119,42 @@ def test_keys_of_another_width_are_no_mask_problem(qkv):
     with pytest.raises(RuntimeError) as raised:
         q[..., :3] @ read_in_eager(k).transpose(2, 3)
     assert "zipvl" not in str(raised.value)
+
+
+def test_eager_decode_of_one_token_on_a_compacted_cache_equals_compiled():
+    x = inputs(text=20)
+    f = shared(tau=0.7)
+    cache = prompt_cache(f, x)
+    other = copy.deepcopy(cache)
+    expected = step(f, torch.tensor([[9]]), cache).logits
+    torch.testing.assert_close(step(model(), torch.tensor([[9]]), other).logits, expected, atol=2e-5, rtol=1e-4)
+    assert type(other.layers[0].keys) is torch.Tensor
+
+
+def test_eager_read_of_a_compacted_cache_that_would_be_wrong_is_an_error_with_the_remedy():
+    f = shared(tau=0.7)
+    cache = prompt_cache(f, inputs(text=20))
+    with pytest.raises(RuntimeError, match=r"2 new tokens.*model.compile\(backend='zipvl'\)"):
+        step(model(), torch.tensor([[9, 10]]), cache)
+    assert cache.get_seq_length() == inputs(text=20)["input_ids"].shape[1]
+    padded = inputs(batch=2, text=16, pad=6)
+    cache = prompt_cache(f, padded)
+    mask = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    with pytest.raises(RuntimeError, match=r"mask over all \d+ tokens"), torch.no_grad():
+        model()(input_ids=torch.tensor([[9], [9]]), attention_mask=mask, **as_argument(cache))
+
+
+def test_generate_on_the_wrapper_warns_once_with_the_remedy_and_only_then():
+    x = inputs(text=9)
+    plain = model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.generate(**x, max_new_tokens=2, do_sample=False)
+        f = compiled(tau=1.0)
+        f.generate(**x, max_new_tokens=2, do_sample=False)
+    wrapped = torch.compile(model(), backend="zipvl")
+    with pytest.warns(UserWarning, match=r"Use model.compile\(backend=\"zipvl\"\)"):
+        wrapped.generate(**x, max_new_tokens=2, do_sample=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped.generate(**x, max_new_tokens=2, do_sample=False)
