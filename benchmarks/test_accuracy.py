@@ -60,7 +60,7 @@ def test_accuracy(asked, dense_answers, benchmark, variant):
     def accuracy(given):
         return sum(exact_match(a.text, q.answer) for a, (q, _) in zip(given, questions, strict=True)) / len(questions)
 
-    kept = [len(positions) / a.prompt for a in answers for positions in a.kept if positions is not None]
+    kept = [len(positions) / a.prompt_length for a in answers for positions in a.kept if positions is not None]
     report("tiny_lvlm", "tiny_lvlm", f"{QUESTIONS} held-out questions, one at a time", variant,
            accuracy=(accuracy(answers), "fraction"),
            accuracy_minus_dense_points=(100 * (accuracy(answers) - accuracy(dense_answers)), "points"),

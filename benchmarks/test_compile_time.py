@@ -9,6 +9,7 @@ import torch
 from harness import KEEP_RATIO, decoder, prompt, report, timed
 from torch._inductor.utils import fresh_inductor_cache
 
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.report.machine import machine
 
 LAYERS, TOKENS, ROUNDS = 8, 1024, 5
@@ -29,10 +30,10 @@ def first_calls(name: str) -> tuple[float, float]:
     caches = []
 
     def prefill():
-        caches.append(model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+        caches.append(cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1)))
 
     def decode():
-        model(input_ids=token, past_key_values=caches[-1])
+        model(input_ids=token, **as_argument(caches[-1]))
 
     with fresh_inductor_cache(), torch.no_grad():
         first = timed(prefill) - timed(prefill)

@@ -19,6 +19,8 @@ from harness import KEEP_RATIO, interleaved, report
 from test_gpu_prefill import SIZES, llava_next
 from transformers import DynamicCache
 
+from zipvl_compile.cache.hf_names import as_argument
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -59,7 +61,7 @@ def compacted(cache: DynamicCache, ratio: float) -> DynamicCache:
             room = x.new_empty(*x.shape[:2], p + 256, x.shape[3])
             room[:, :, :p] = x[:, :, kept]
             setattr(layer, name, room)
-        layer.kept, layer.prompt_length = kept[None, None], n
+        layer.positions, layer.prompt_length = kept[None, None], n
     return new
 
 
@@ -69,7 +71,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 def step(model, cache, batch: int):
     token = torch.ones(batch, 1, dtype=torch.long, device="cuda")
-    return model(input_ids=token, past_key_values=cache).logits
+    return model(input_ids=token, **as_argument(cache)).logits
 
 
 def test_a_step_over_a_cache_that_kept_every_token_is_dense(models):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from harness import decoder, interleaved, prompt, report
 
+from zipvl_compile.cache.hf_names import cache_of
+
 LAYERS = 2
 LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 RATIOS = [0.4, 0.7, 0.9, 1.0]
@@ -42,7 +44,7 @@ def test_never_slower(benchmark, models, n):
     times = interleaved({name: lambda model=model: run(model) for name, model in models.items()}, rounds=rounds)
     benchmark.pedantic(run, args=(models["keep_ratio 0.9"],), rounds=3)
     for name in OPTIONS:
-        cache = run(models[name]).past_key_values
+        cache = cache_of(run(models[name]))
         kept = sum(layer.keys.shape[2] for layer in cache.layers) / LAYERS / n
         report("never_slower", "prefill", f"hidden 512, {LAYERS} layers, GQA 4, {n} tokens", name,
                dense=(times["dense"] * 1e3, "ms"), zipvl=(times[name] * 1e3, "ms"),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
 from support.unpruned import without_pruning
 
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.passes.cost_model import AttentionShape, seconds
 from zipvl_compile.report.machine import machine, sparse_prefill_attention
 
@@ -105,16 +106,16 @@ def bytes_read(model, cache) -> int:
 def test_decode(benchmark, n, batch):
     models = variants(n, "dense", "zipvl", "check", "full cache", dynamic=None)
     ids, token = prompt(n), prompt(1, batch)
-    caches = {name: prefill(model, ids).past_key_values for name, model in models.items()}
+    caches = {name: cache_of(prefill(model, ids)) for name, model in models.items()}
     if batch > 1:
         for cache in caches.values():
             cache.batch_repeat_interleave(batch)
     step = {
-        name: lambda model=model, name=name: model(input_ids=token, past_key_values=caches[name])
+        name: lambda model=model, name=name: model(input_ids=token, **as_argument(caches[name]))
         for name, model in models.items()
     }
     same = copy.deepcopy(caches["zipvl"])
-    expected = models["check"](input_ids=token, past_key_values=same).logits
+    expected = models["check"](input_ids=token, **as_argument(same)).logits
     torch.testing.assert_close(step["zipvl"]().logits, expected, atol=1e-3, rtol=1e-3)
     del step["check"]
     times = interleaved(step, rounds=15, warm_up=4)

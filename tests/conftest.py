@@ -25,3 +25,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "famil" not in item.path.name:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_code_of_other_files():
+    """Past its recompile limit, Dynamo runs what it compiled for another test, whatever the options were there."""
+    torch._dynamo.reset()

@@ -6,17 +6,24 @@ module also registers the KV cache layer with transformers, before the model mak
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
 from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
-from zipvl_compile.dynamo import gradients_matter
+from zipvl_compile.dynamo import (
+    allow_data_dependent_sizes,
+    compile_with_aot_eager,
+    compile_with_inductor,
+    gradient_switches,
+    gradients_matter,
+    mark_size_as_changing,
+    raise_recompile_limit,
+    zipvl_backend,
+)
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.pipeline import rewrite, settings_of
@@ -25,9 +32,10 @@ from zipvl_compile.report.compile_report import record, record_training
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that would silently run in eager mode. Raised when the backend is
 # loaded, not when it runs: once the limit is reached, Dynamo calls no backend any more.
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+raise_recompile_limit(64)
 
 
+@zipvl_backend
 def zipvl(
     gm: GraphModule,
     example_inputs: list[Any],
@@ -53,7 +61,7 @@ def zipvl(
     if gradients_matter():
         record_training(gm.graph)
         return _compile(gm, example_inputs, parsed)
-    _allow_data_dependent_sizes(gm)
+    allow_data_dependent_sizes(gm.graph)
     done = rewrite(gm.graph, settings_of(parsed))
     gm.graph = done.graph
     record(done)
@@ -66,7 +74,7 @@ def zipvl(
         with torch.no_grad():
             outputs = compiled(*inputs)
         for index in cached:
-            torch._dynamo.maybe_mark_dynamic(outputs[index], 2)
+            mark_size_as_changing(outputs[index], 2)
         return outputs
 
     return run
@@ -77,7 +85,7 @@ def _run_without_gradients(gm: GraphModule) -> None:
 
     The whole graph runs under `no_grad`; a switch back on would have the inner compiler trace a backward.
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+    for node in gradient_switches(gm.graph):
         gm.graph.erase_node(node)
     gm.recompile()
 
@@ -100,20 +108,5 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions) 
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
-        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = None if options.mode is None else list_mode_options(options.mode)
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-def _allow_data_dependent_sizes(gm: GraphModule) -> None:
-    """Let operators of this graph return sizes that depend on data (the number of kept tokens).
-
-    Only the ShapeEnv of this graph is changed. The global Dynamo flag for it makes Qwen2.5-VL fail to trace.
-    """
-    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
-    if fake_mode is not None and fake_mode.shape_env is not None:
-        env = fake_mode.shape_env
-        env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True, allow_scalar_outputs=True)
+        return compile_with_aot_eager(gm, example_inputs)
+    return compile_with_inductor(gm, example_inputs, options.mode)

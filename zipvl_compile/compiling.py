@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zipvl_compile.dynamo import original_of
 from zipvl_compile.options import ZipVLOptions
 
 log = logging.getLogger("zipvl_compile")
@@ -43,7 +44,7 @@ def compile(model: torch.nn.Module, **options: Any) -> list[str]:  # a library's
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
     ZipVLOptions.parse(options)
-    model = getattr(model, "_orig_mod", model)
+    model = original_of(model)
     paths = generating_modules(model)
     for path in paths:
         model.get_submodule(path).compile(backend="zipvl", options=options)

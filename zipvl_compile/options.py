@@ -7,18 +7,14 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
-from torch._dynamo.exc import ShortenTraceback
+from zipvl_compile.dynamo import UserError, inductor_modes
 
 
-# Dynamo wraps whatever a backend raises in BackendCompilerFailed, but for its own short-traceback errors; with both
-# bases a bad option reaches the user as the ValueError that it is.
-class OptionError(ShortenTraceback, ValueError):
-    """An option of the zipvl backend that does not exist or has a bad value."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
+class OptionError(UserError):
+    """An option of the zipvl backend that does not exist or has a bad value; a ValueError."""
 
 
 def _fraction(value: Any) -> bool:
@@ -26,15 +22,22 @@ def _fraction(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _count(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _one_of(*names: str) -> Callable[[Any], bool]:
-    return lambda value: value in names
+    return lambda value: isinstance(value, str) and value in names
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's numbers, and others that are none of Python's own, as Python's."""
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ZipVLOptions:
 
     Attributes:
         tau: fraction of the accumulated attention score that a layer keeps, in (0, 1]; 1.0 keeps every token.
-        keep_ratio: fixed fraction of tokens to keep instead of `tau`, in (0, 1].
+        keep_ratio: fixed fraction of tokens to keep, in (0, 1]; None where `tau` decides. Nobody gives both.
         recent_probes: newest rows that measure attention (tokens).
         random_probes: rows drawn from the rest (tokens).
         seed: of that draw.
@@ -54,7 +57,7 @@ class ZipVLOptions:
         min_tokens: shorter prompts stay dense (tokens); None asks the cost model, for each attention, on this machine.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         kernel: implementation of the operators: "auto" (Triton on GPUs, the fastest per shape), "triton" or "torch".
-        mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`.
+        mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`; for no other `inner`.
 
     Source: ZipVL (arXiv 2410.08584) for the defaults of `tau` and of the probes.
     """
@@ -96,7 +99,19 @@ class ZipVLOptions:
             holds, expected, remedy = _CHECKS[name]
             if not holds(value):
                 raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
+            given[name] = _plain(value)
         parsed = cls(**given)
+        if "tau" in given and parsed.keep_ratio is not None:
+            raise OptionError(
+                f"zipvl options 'tau' and 'keep_ratio': expected one of them, got tau={parsed.tau} and "
+                f"keep_ratio={parsed.keep_ratio}. Give 'tau' to let each layer choose how much it keeps, 'keep_ratio' "
+                "for a fixed fraction."
+            )
+        if parsed.mode is not None and parsed.inner != "inductor":
+            raise OptionError(
+                f"zipvl option 'mode': expected inner='inductor', whose mode it is, got mode={parsed.mode!r} and "
+                f"inner={parsed.inner!r}. Leave one of them out."
+            )
         if parsed.recent_probes + parsed.random_probes < 1:
             raise OptionError(
                 "zipvl options 'recent_probes' and 'random_probes': expected at least one probe row together, got 0. "
@@ -105,14 +120,8 @@ class ZipVLOptions:
         return parsed
 
 
-def _modes() -> list[str]:
-    from torch._inductor import list_mode_options
-
-    return sorted(list_mode_options())
-
-
 def _is_mode(value: Any) -> bool:
-    return value is None or value in _modes()
+    return value is None or (isinstance(value, str) and value in inductor_modes())
 
 
 _NOT_YET = "It is not available yet; leave the option out."
@@ -141,5 +150,5 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         'Use "inductor" for speed.',
     ),
     "kernel": (_one_of("auto", "triton", "torch"), '"auto", "triton" or "torch"', 'Use "auto" for speed.'),
-    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", or see torch._inductor.list_mode_options().'),
+    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", "reduce-overhead" or "max-autotune".'),
 }

@@ -22,6 +22,7 @@ from support.tiny_models import FAMILIES, compiled, inputs, model
 from support.unpruned import without_pruning
 from transformers import DynamicCache
 
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.report.compile_report import CompileReport, collect
 
 RESULTS = Path(__file__).parents[2] / "build" / "families"
@@ -74,7 +75,7 @@ def generate(f: Any, x: dict, **more: Any) -> Any:
 
 
 def forward(f: Any, x: dict, family: str) -> Any:
-    cache = {} if FAMILIES[family].makes_cache else {"past_key_values": DynamicCache(config=f.config.get_text_config())}
+    cache = {} if FAMILIES[family].makes_cache else as_argument(DynamicCache(config=f.config.get_text_config()))
     return f(**x, **cache, use_cache=True)
 
 
@@ -132,17 +133,17 @@ def note_sites(result: Result, reports: list[CompileReport]) -> None:
     result.rewritten = sum(site.rewritten for site in sites)
     expected = tuple(reason for reason in FAMILIES[result.family].decoder if reason != REWRITTEN) or ("expected",)
     dense = [site for site in sites if not site.rewritten]
-    outside = [s for s in dense if s.kind == "other" and s.by_design and not s.reason.startswith(expected)]
+    outside = [s for s in dense if s.kind == "other" and s.by_design and not str(s.reason).startswith(expected)]
     inside = [site for site in dense if site not in outside]
-    result.outside, result.dense = len(outside), dict(Counter(site.reason for site in inside))
-    surprising = [site for site in inside if not site.reason.startswith(expected)]
+    result.outside, result.dense = len(outside), dict(Counter(str(site.reason) for site in inside))
+    surprising = [site for site in inside if not str(site.reason).startswith(expected)]
     result.surprises = sorted({f"{site.layer} {site.kind}: {site.reason}" for site in surprising})
 
 
 def note_compaction(result: Result, out: Any) -> None:
-    cache = getattr(out.past_key_values, "self_attention_cache", out.past_key_values)
+    cache = getattr(cache_of(out), "self_attention_cache", cache_of(out))
     result.cache_layers = [type(layer).__name__ for layer in cache.layers]
-    kept = [(getattr(layer, "kept", None), layer) for layer in cache.layers]
+    kept = [(getattr(layer, "positions", None), layer) for layer in cache.layers]
     result.kept = [None if k is None else round(k.shape[2] / layer.prompt_length, 3) for k, layer in kept]
     result.finite = all(bool(logits.isfinite().all()) for logits in out.logits)
 

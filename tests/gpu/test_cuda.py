@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.tiny_llava import compiled, inputs, model
 
+from zipvl_compile.cache.hf_names import cache_of
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -24,10 +26,10 @@ def test_generate_at_tau_1_equals_eager(pad, kernel):
 def test_memory_of_dropped_tokens_is_freed():
     x = {name: value.cuda() for name, value in inputs(text=60).items()}
     with torch.no_grad():
-        cache = compiled(keep_ratio=0.3).cuda()(**x, use_cache=True).past_key_values
+        cache = cache_of(compiled(keep_ratio=0.3).cuda()(**x, use_cache=True))
     layer = cache.layers[0]
     tokens = layer.keys.untyped_storage().nbytes() // (layer.keys.shape[1] * layer.keys.shape[3] * 4)
-    assert tokens == layer.kept.shape[2] + 32
+    assert tokens == layer.positions.shape[2] + 32
 
 
 def test_default_options_measure_the_gpu_and_leave_a_short_prompt_dense():

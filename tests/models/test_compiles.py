@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.tiny_llava import compiled, inputs, model
 
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.report.compile_report import collect
 
 
@@ -34,7 +35,7 @@ def test_equal_numbers_of_kept_tokens_in_two_layers_do_not_become_a_guard():
     torch._dynamo.reset()
     f = compiled(tau=0.7)
     out = f.generate(**inputs(text=15, seed=1), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    a, b = (layer.kept.shape[2] for layer in out.past_key_values.layers)
+    a, b = (layer.positions.shape[2] for layer in cache_of(out).layers)
     assert a == b, "pick a prompt whose layers keep equally many tokens"
     f.generate(**inputs(text=20, seed=2), max_new_tokens=4, do_sample=False)
     with collect() as later:
@@ -42,7 +43,7 @@ def test_equal_numbers_of_kept_tokens_in_two_layers_do_not_become_a_guard():
         for i in range(8):
             x = inputs(text=20 + i, seed=100 + i)
             out = f.generate(**x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-            counts.add(tuple(layer.kept.shape[2] for layer in out.past_key_values.layers))
+            counts.add(tuple(layer.positions.shape[2] for layer in cache_of(out).layers))
     assert any(a != b for a, b in counts)
     assert later == []
 
@@ -74,7 +75,7 @@ def test_inductor_generates_what_the_eager_inner_compiler_generates(tau):
         out = f.generate(**x, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected.sequences)
     assert decoder_graphs(reports) == ["prefill", "decode", "decode"]
-    where = [layer.key_buffer.data_ptr() for layer in out.past_key_values.layers]
+    where = [layer.key_buffer.data_ptr() for layer in cache_of(out).layers]
     with torch.no_grad():
-        f(input_ids=torch.tensor([[9]]), past_key_values=out.past_key_values)
-    assert [layer.key_buffer.data_ptr() for layer in out.past_key_values.layers] == where  # no copy of the cache
+        f(input_ids=torch.tensor([[9]]), **as_argument(cache_of(out)))
+    assert [layer.key_buffer.data_ptr() for layer in cache_of(out).layers] == where  # no copy of the cache

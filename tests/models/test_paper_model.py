@@ -12,6 +12,7 @@ import torch
 from support import paper
 from support.tiny_llava import compiled, inputs, model
 
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.kernels.probe_rows import probe_rows
 
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
@@ -67,7 +68,7 @@ class PaperLlama:
         return hidden
 
     def prefill(self, x, mask):
-        self.offset, self.prompt = 0, x.shape[1]
+        self.offset, self.prompt_length = 0, x.shape[1]
         queries = self.rule.pop("queries", "selected")
 
         def attend(i, q, k, v, mask):
@@ -84,7 +85,7 @@ class PaperLlama:
         def attend(i, q, k, v, mask):
             entry = self.cache[i]
             entry[:2] = torch.cat([entry[0], k], 2), torch.cat([entry[1], v], 2)
-            return paper.decode(q, *entry[:2], entry[2], self.prompt, mask=mask)
+            return paper.decode(q, *entry[:2], entry[2], self.prompt_length, mask=mask)
 
         return self.run(x, mask, attend)
 
@@ -122,9 +123,9 @@ def test_positions_attention_cache_and_decode_equal_the_papers(case):
     mask = None if rows is None else rows.expand(-1, -1, n, -1)
     expected = reference.prefill(paper.array(embeds), mask)
 
-    for layer, (k, v, kept) in zip(out.past_key_values.layers, reference.cache, strict=True):
-        assert layer.kept.shape[2] < n
-        assert np.array_equal(layer.kept.numpy(), kept)
+    for layer, (k, v, kept) in zip(cache_of(out).layers, reference.cache, strict=True):
+        assert layer.positions.shape[2] < n
+        assert np.array_equal(layer.positions.numpy(), kept)
         index = torch.from_numpy(kept)[..., None].expand(-1, k.shape[1], -1, k.shape[3])
         torch.testing.assert_close(layer.keys, k.gather(2, index), **TIGHT)
         torch.testing.assert_close(layer.values, v.gather(2, index), **TIGHT)
@@ -135,7 +136,7 @@ def test_positions_attention_cache_and_decode_equal_the_papers(case):
         ids = torch.full((x["input_ids"].shape[0], 1), token)
         seen = torch.cat([seen, torch.ones_like(ids)], 1)
         with torch.no_grad():
-            out = f(input_ids=ids, attention_mask=seen, past_key_values=out.past_key_values, output_hidden_states=True)
+            out = f(input_ids=ids, attention_mask=seen, **as_argument(cache_of(out)), output_hidden_states=True)
             embeds = plain.get_input_embeddings()(ids)
         expected = reference.decode(paper.array(embeds), four_dim(seen, seen.shape[1]))
         for ours, theirs in zip(out.hidden_states, expected, strict=True):

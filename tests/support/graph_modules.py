@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipvl_compile.backend import _allow_data_dependent_sizes
+from zipvl_compile.dynamo import allow_data_dependent_sizes
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.pipeline import PIPELINE, rewrite
@@ -160,7 +160,7 @@ def rewritten(module, *inputs, passes, inner="eager", dynamic=False):
     graphs = []
 
     def backend(gm, inputs):
-        _allow_data_dependent_sizes(gm)
+        allow_data_dependent_sizes(gm.graph)
         rows = {row.name: row for row in PIPELINE}
         done = rewrite(gm.graph, Settings(), tuple(rows[name] for name in passes))
         assert not done.faults, done.faults

@@ -80,3 +80,24 @@ def inputs(batch: int = 1, text: int = 12, pad: int = 0, side: str = "left", see
         mask[0] = torch.cat([shown, ones] if left else [ones, shown])
     pixels = torch.randn(batch, 3, 64, 64, generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def prefill(f, x: dict[str, torch.Tensor]):
+    """Run the prompt through `f` and return its output, as a manual loop does."""
+    with torch.no_grad():
+        return f(**x, use_cache=True)
+
+
+def prompt_cache(f, x: dict[str, torch.Tensor]):
+    """Return the cache that a prompt leaves."""
+    from zipvl_compile.cache.hf_names import cache_of  # not above: some tests must not load the package by this import
+
+    return cache_of(prefill(f, x))
+
+
+def step(f, token: torch.Tensor, cache):
+    """Run tokens `[B, m]` on a cache and return the output."""
+    from zipvl_compile.cache.hf_names import as_argument  # as above
+
+    with torch.no_grad():
+        return f(input_ids=token, **as_argument(cache), use_cache=True)

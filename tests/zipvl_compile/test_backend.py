@@ -1,114 +1,147 @@
-"""`zipvl_compile.compile`: the module that generates is compiled in place, whichever it is."""
+"""The backend: options in, a callable out, whatever the inner compiler; what its graphs are rid of."""
 
-import logging
+from __future__ import annotations
+
+import operator
 
 import pytest
 import torch
-from families.run import generate, prompts
+from support.tiny_llava import prefill
 from support.tiny_models import compiled, inputs, model
 from torch import nn
 
-import zipvl_compile
-from zipvl_compile.compiling import generating_modules
+import zipvl_compile.backend as module
+from zipvl_compile.cache.hf_names import cache_of
+from zipvl_compile.dynamo import gradient_switches, is_zipvl
 from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls
 from zipvl_compile.report.compile_report import collect
 
-EVERY_LENGTH = {"inner": "eager", "min_tokens": 0}
+ops = torch.ops.zipvl
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
+def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("family", "path"), [("blip_2", "language_model"), ("instructblip", "language_model"), ("kosmos_2", "text_model")]
-)
-def test_the_inner_model_of_a_model_that_hands_over_is_compiled(family, path, caplog):
-    f, eager = model(family), model(family)
-    with caplog.at_level(logging.INFO, "zipvl_compile"):
-        assert zipvl_compile.compile(f, tau=1.0, **EVERY_LENGTH) == [path]
-    assert f"zipvl compiles {type(f).__name__}.{path}" in caplog.text
-    assert f._compiled_call_impl is None and f.get_submodule(path)._compiled_call_impl is not None
-    for x in prompts(family).values():
-        assert torch.equal(f.generate(**x, max_new_tokens=6), eager.generate(**x, max_new_tokens=6))
+@pytest.fixture
+def graphs(monkeypatch):
+    """Return the list of graphs as the inner compiler gets them."""
+    seen = []
+    compile_ = module._compile
+
+    def keep(gm, example_inputs, options):
+        seen.append(gm.graph)
+        return compile_(gm, example_inputs, options)
+
+    monkeypatch.setattr(module, "_compile", keep)
+    return seen
 
 
-def test_its_cache_is_compacted():
-    f = model("kosmos_2")
-    zipvl_compile.compile(f, tau=0.8, **EVERY_LENGTH)
+def test_the_backend_is_found_by_name_and_marked_as_ours():
+    assert torch.compile(Small(), backend="zipvl").dynamo_ctx.callback is not None
+    assert is_zipvl(module.zipvl)
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
+def test_a_graph_without_attention_compiles(inner):
+    model, x = Small().eval(), torch.randn(4, 3)
+    compiled = torch.compile(model, backend="zipvl", options={"inner": inner, "tau": 0.5})
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
+def test_mode_is_handed_to_inductor(monkeypatch, given):
+    from torch._inductor import compile_fx, list_mode_options
+
+    seen = []
+
+    def spy(gm, example_inputs, config_patches=None, **others):
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spy)
+    torch.compile(Small().eval(), backend="zipvl", **given)(torch.ones(1, 3))
+    assert seen == [list_mode_options(given.get("mode") or given["options"]["mode"])]
+
+
+def test_without_a_mode_inductor_gets_no_patches(monkeypatch):
+    from torch._inductor import compile_fx
+
+    seen = []
+    monkeypatch.setattr(
+        compile_fx,
+        "compile_fx",
+        lambda gm, example_inputs, config_patches=None: seen.append(config_patches) or gm.forward,
+    )
+    torch.compile(Small().eval(), backend="zipvl")(torch.ones(1, 3))
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_flow_in_training_mode_only(training):
+    f, x = Small().train(training), torch.ones(2, 3, requires_grad=True)
+    out = torch.compile(f, backend="zipvl", options={"inner": "aot_eager"})(x)
+    assert out.requires_grad is training
+    if training:
+        out.sum().backward()
+        assert torch.equal(x.grad, f.linear.weight.sum(0).expand(2, 3))
+
+
+def test_switches_of_gradients_are_erased(graphs):
+    class Rotary(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                y = x.cos()
+            return x * y
+
+    f, x = Rotary().eval(), torch.ones(2, 3, requires_grad=True)
+    out = torch.compile(f, backend="zipvl", options={"inner": "aot_eager"})(x)
+    torch.testing.assert_close(out, f(x).detach())
+    assert [gradient_switches(graph) for graph in graphs] == [[]]
+
+
+def test_outputs_that_hold_kept_tokens_are_found():
+    graph = torch.fx.Graph()
+    k, v = graph.placeholder("k"), graph.placeholder("v")
+    positions = graph.call_function(ops.token_positions, (k,))
+    keys = graph.call_function(ops.gather_tokens, (k, positions, 4))
+    both = graph.call_function(ops.gather_kv, (k, v, positions, 4))
+    values = graph.call_function(operator.getitem, (both, 1))
+    other = graph.call_function(torch.add, (k, v))
+    graph.output((other, keys, values, k, positions))
+    assert module._cache_outputs(torch.fx.GraphModule(nn.Module(), graph)) == [1, 2, 4]
+
+
+def test_a_report_is_made_of_every_graph_with_attention():
     with collect() as reports:
-        f.generate(**inputs("kosmos_2"), max_new_tokens=6)
-    assert {site.kind for report in reports for site in report.rewritten} == {"prefill", "decode"}
+        prefill(compiled("llava", tau=0.8), inputs("llava"))
+    assert [site.kind for report in reports for site in report.rewritten] == ["prefill"] * 2
 
 
-def test_on_a_model_that_generates_it_equals_model_compile():
-    f, same = model("llava"), compiled("llava", tau=0.8)
-    assert zipvl_compile.compile(f, tau=0.8, **EVERY_LENGTH) == [""]
-    out, expected = (generate(m, inputs("llava")) for m in (f, same))
-    assert torch.equal(out.sequences, expected.sequences)
-    for a, b in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        assert torch.equal(a.kept, b.kept) and a.kept.shape[2] < a.prompt_length
+def test_evict_reaches_the_cache():
+    for evict, full in (("keep", True), ("drop", False)):
+        layers = cache_of(prefill(compiled("llava", keep_ratio=0.5, evict=evict), inputs("llava"))).layers
+        assert all((layer.positions.shape[2] == layer.prompt_length) is full for layer in layers)
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_a_dense_prompt_attends_without_its_mask(monkeypatch, inner):
+def test_a_dense_prompt_attends_without_its_mask(monkeypatch, graphs, inner):
     monkeypatch.setattr(unmask_dense, "LEAST", 16)
-    rewritten = []
-    apply = unmask_dense.apply
-
-    def counted(graph):
-        apply(graph)
-        rewritten.append(len(calls(graph, torch.ops.zipvl.sparse_attention)))
-
-    monkeypatch.setattr(unmask_dense, "apply", counted)
     x = inputs("llava", batch=2, pad=7)
     f, eager = compiled("llava", inner=inner, min_tokens=1 << 20), model("llava")
     assert torch.equal(f.generate(**x, max_new_tokens=6), eager.generate(**x, max_new_tokens=6))
     layers = eager.config.get_text_config().num_hidden_layers
-    assert max(rewritten) in (layers - 1, layers), rewritten  # of the last one, the demanded row only
-
-
-def test_a_wrapped_model_is_compiled_inside():
-    f = model("llava")
-    assert zipvl_compile.compile(torch.compile(f, backend="eager"), **EVERY_LENGTH) == [""]
-    assert f._compiled_call_impl is not None
-
-
-def test_a_bad_option_compiles_nothing():
-    f = model("llava")
-    with pytest.raises(ValueError, match=r"'tua'.*Did you mean 'tau'"):
-        zipvl_compile.compile(f, tua=1.0)
-    assert f._compiled_call_impl is None
-
-
-def test_what_is_no_module_is_named():
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
-        zipvl_compile.compile("llava-hf/llava-1.5-7b-hf")
-
-
-class Inner(nn.Module):
-    def generate(self, x):
-        return x
-
-
-class Outer(nn.Module):
-    def __init__(self, **inner):
-        super().__init__()
-        for name, module in inner.items():
-            setattr(self, name, module)
-
-    def generate(self, x):
-        first = self.thinker.generate(x)
-        return self.talker.generate(first) + self.tokenizer.generate(x)
-
-
-def test_several_inner_models_and_inner_models_of_inner_models_are_found():
-    both = Outer(thinker=Inner(), talker=Outer(thinker=Inner(), talker=Inner(), tokenizer=None), tokenizer=object())
-    assert generating_modules(both) == ["thinker", "talker.thinker", "talker.talker"]
-
-
-def test_a_generate_without_source_is_the_models_own():
-    kind = type("Odd", (nn.Module,), {"generate": staticmethod(len)})
-    assert generating_modules(kind()) == [""]
+    unmasked = max(len(calls(graph, ops.sparse_attention)) for graph in graphs)
+    assert unmasked in (layers - 1, layers)  # of the last one, the demanded row only

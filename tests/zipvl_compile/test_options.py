@@ -1,7 +1,9 @@
 """The options of the backend: what each accepts, and errors that reach the user as a ValueError with a remedy."""
 
 import dataclasses
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,51 @@ def test_what_is_not_available_yet_says_so(name, value):
     assert value in str(raised.value)
 
 
+def test_tau_and_keep_ratio_exclude_each_other():
+    assert ZipVLOptions.parse({"tau": 0.9, "keep_ratio": None}).tau == 0.9
+    assert ZipVLOptions.parse({"keep_ratio": 0.3}) == ZipVLOptions(keep_ratio=0.3)
+    for tau in (0.9, ZipVLOptions.tau):
+        with pytest.raises(OptionError, match=rf"'tau' and 'keep_ratio': expected one of them, got tau={tau} and"):
+            ZipVLOptions.parse({"keep_ratio": 0.3, "tau": tau})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_mode_is_inductors_only(inner):
+    assert ZipVLOptions.parse({"inner": "inductor"}, "max-autotune").mode == "max-autotune"
+    assert ZipVLOptions.parse({"inner": inner, "mode": None}).inner == inner
+    for given in (({"inner": inner, "mode": "max-autotune"},), ({"inner": inner}, "max-autotune")):
+        with pytest.raises(OptionError, match=rf"'mode': expected inner='inductor'.*got.*inner='{inner}'\. Leave"):
+            ZipVLOptions.parse(*given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("tau", np.float64(0.9), float),
+        ("tau", np.float32(0.5), float),
+        ("tau", Fraction(1, 2), float),
+        ("tau", np.int64(1), int),
+        ("keep_ratio", np.float16(0.25), float),
+        ("seed", np.uint64(2**63 - 1), int),
+        ("min_tokens", np.int32(3), int),
+        ("keep_recent", np.int64(3), int),
+    ],
+)
+def test_numbers_of_numpy_become_pythons(name, value, kind):
+    stored = getattr(ZipVLOptions.parse({name: value}), name)
+    assert type(stored) is kind and stored == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tau", np.float64("nan")), ("tau", np.bool_(True)), ("seed", np.float64(3)), ("keep_recent", np.int64(0)),
+     ("min_tokens", np.bool_(False)), ("tau", np.array([0.5])), ("inner", np.array(["eager", "eager"]))],
+)  # fmt: skip
+def test_other_things_of_numpy_are_refused(name, value):
+    with pytest.raises(OptionError, match=f"zipvl option '{name}': expected"):
+        ZipVLOptions.parse({name: value})
+
+
 def test_mode_comes_by_either_way():
     assert ZipVLOptions.parse(mode="max-autotune").mode == "max-autotune"
     assert ZipVLOptions.parse({"mode": "max-autotune"}).mode == "max-autotune"
@@ -160,9 +207,11 @@ BY_COMPILE = {
     "value": ({"options": {"tau": 2}}, "zipvl option 'tau': expected a fraction in (0, 1], got 2."),
     "name": ({"options": {"tua": 0.5}}, "Did you mean 'tau'?"),
     "groups": ({"options": {"groups": "kv_head"}}, "not available yet"),
-    "kernel": ({"options": {"kernel": "cuda"}}, "zipvl option 'kernel': expected \"auto\", \"triton\" or \"torch\""),
+    "kernel": ({"options": {"kernel": "cuda"}}, 'zipvl option \'kernel\': expected "auto", "triton" or "torch"'),
     "mode": ({"mode": "fast"}, "zipvl option 'mode': expected None or a mode of torch.compile, got 'fast'."),
     "mode-in-options": ({"options": {"mode": "fast"}}, "zipvl option 'mode'"),
+    "mode-and-inner": ({"options": {"mode": "default", "inner": "eager"}}, "expected inner='inductor'"),
+    "both-rules": ({"options": {"tau": 0.9, "keep_ratio": 0.5}}, "expected one of them"),
     "probes": ({"options": {"recent_probes": 0, "random_probes": 0}}, "at least one probe row"),
 }
 
@@ -180,38 +229,3 @@ def test_the_user_of_compile_gets_a_value_error(case, how):
         model(torch.ones(1, 3))
     assert isinstance(raised.value, OptionError) and not isinstance(raised.value, BackendCompilerFailed)
     assert str(raised.value).startswith("zipvl option") and message in str(raised.value)
-
-
-@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
-def test_a_graph_without_attention_compiles(inner):
-    model, x = Small().eval(), torch.randn(4, 3)
-    compiled = torch.compile(model, backend="zipvl", options={"inner": inner, "tau": 0.5})
-    torch.testing.assert_close(compiled(x), model(x))
-
-
-@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
-def test_mode_is_handed_to_inductor(monkeypatch, given):
-    from torch._inductor import compile_fx, list_mode_options
-
-    seen = []
-
-    def spy(gm, example_inputs, config_patches=None, **others):
-        seen.append(config_patches)
-        return gm.forward
-
-    monkeypatch.setattr(compile_fx, "compile_fx", spy)
-    torch.compile(Small().eval(), backend="zipvl", **given)(torch.ones(1, 3))
-    assert seen == [list_mode_options(given.get("mode") or given["options"]["mode"])]
-
-
-def test_without_a_mode_inductor_gets_no_patches(monkeypatch):
-    from torch._inductor import compile_fx
-
-    seen = []
-    monkeypatch.setattr(
-        compile_fx,
-        "compile_fx",
-        lambda gm, example_inputs, config_patches=None: seen.append(config_patches) or gm.forward,
-    )
-    torch.compile(Small().eval(), backend="zipvl")(torch.ones(1, 3))
-    assert seen == [None]

@@ -35,7 +35,7 @@ class CompactLayer(DynamicLayer):
     Attributes:
         key_buffer, value_buffer: `[B, Hkv, capacity, D]`, or None before the first update. They hold the kept prompt
             tokens, then every later token, then spare rows.
-        kept: int64 `[B, G, P]`, where the kept prompt tokens stood; None while the layer holds a plain full cache.
+        positions: int64 `[B, G, P]`, where the kept prompt tokens stood; None while the layer holds a plain full cache.
         prompt_length: length of the compacted prompt (tokens).
         cumulative_length: logical length (tokens), what `get_seq_length` reports.
     """
@@ -43,7 +43,7 @@ class CompactLayer(DynamicLayer):
     _layer_type = "full_attention"
     key_buffer: torch.Tensor = None  # type: ignore[assignment]
     value_buffer: torch.Tensor = None  # type: ignore[assignment]
-    kept: torch.Tensor = None  # type: ignore[assignment]
+    positions: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
     cumulative_length: int = 0
 
@@ -73,18 +73,18 @@ class CompactLayer(DynamicLayer):
     @property
     def cached_length(self) -> int:
         """Return the number of tokens in memory."""
-        dropped = 0 if self.kept is None else self.prompt_length - self.kept.shape[2]
+        dropped = 0 if self.positions is None else self.prompt_length - self.positions.shape[2]
         return self.cumulative_length - dropped
 
     @property
-    def positions(self) -> torch.Tensor | None:
+    def cached_positions(self) -> torch.Tensor | None:
         """Return where each cached token stands in the sequence: int64 `[B, G, cached_length]`, or None if empty."""
         if self.key_buffer is None:
             return None
-        if self.kept is None:
+        if self.positions is None:
             every = torch.arange(self.cumulative_length, device=self.key_buffer.device)
             return every.repeat(self.key_buffer.shape[0], 1, 1)
-        return cached_positions(self.kept, self.prompt_length, self.cumulative_length)
+        return cached_positions(self.positions, self.prompt_length, self.cumulative_length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -105,9 +105,9 @@ class CompactLayer(DynamicLayer):
         if torch.compiler.is_compiling() and tracing_for_zipvl():
             if self.cumulative_length == 0:
                 return self._prefill(key_states, value_states)
-            if self.kept is not None:
+            if self.positions is not None:
                 return self._decode(key_states, value_states)
-        elif self.kept is not None:
+        elif self.positions is not None:
             return self._update_outside(key_states, value_states)
         elif self.cumulative_length == 0 and not torch.compiler.is_compiling():
             check_generate_is_compiled()
@@ -131,16 +131,16 @@ class CompactLayer(DynamicLayer):
         n = k.shape[2]
         spare = spare_tokens(n)
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
-        self.kept = ops.token_positions(k)
-        self.key_buffer = ops.gather_tokens(k, self.kept, spare)
-        self.value_buffer = ops.gather_tokens(v, self.kept, spare)
+        self.positions = ops.token_positions(k)
+        self.key_buffer = ops.gather_tokens(k, self.positions, spare)
+        self.value_buffer = ops.gather_tokens(v, self.positions, spare)
         self.prompt_length = self.cumulative_length = n
         return k, v
 
     def _decode(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append in place; return views of logical length, which the passes rewrite to read the buffers."""
         self._append(k, v)
-        where = (self.kept, self.prompt_length, self.cumulative_length)
+        where = (self.positions, self.prompt_length, self.cumulative_length)
         return ops.kv_view(self.key_buffer, *where), ops.kv_view(self.value_buffer, *where)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -158,7 +158,7 @@ class CompactLayer(DynamicLayer):
         One new token sees every cached token, so the physical keys alone give the right answer. More tokens, or a
         padding mask, need masks of physical length, which the model does not make.
         """
-        full = self.kept.shape[2] == self.prompt_length
+        full = self.positions.shape[2] == self.prompt_length
         if not full and k.shape[2] != 1:
             raise RuntimeError(UNREADABLE.format(why=f"{k.shape[2]} new tokens came outside the compiled model."))
         self._append(k, v)
@@ -183,7 +183,7 @@ class CompactLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Empty the layer."""
-        self.key_buffer = self.value_buffer = self.kept = None  # type: ignore[assignment]
+        self.key_buffer = self.value_buffer = self.positions = None  # type: ignore[assignment]
         self.prompt_length = self.cumulative_length = 0
         self.is_initialized = False
 
@@ -206,17 +206,17 @@ class CompactLayer(DynamicLayer):
                 f"crop: expected at most {self.cumulative_length} tokens to remove, got {-tokens_to_remove}. "
                 "Use reset() to empty the cache."
             )
-        if self.kept is None:
+        if self.positions is None:
             self.key_buffer, self.value_buffer = self.key_buffer[:, :, :n], self.value_buffer[:, :, :n]
         elif n < self.prompt_length:
             # Samples keep different tokens, and a cache is cropped layer by layer: refuse before the first is changed.
-            if self.kept.shape[0] > 1:
+            if self.positions.shape[0] > 1:
                 raise ValueError(
                     f"crop: expected a cut after the {self.prompt_length} compacted prompt tokens of a batch of "
-                    f"{self.kept.shape[0]}, got one at {n}. Crop less, crop samples one by one "
+                    f"{self.positions.shape[0]}, got one at {n}. Crop less, crop samples one by one "
                     "(batch_select_indices), or run the prompt again."
                 )
-            self.kept = self.kept[:, :, : int((self.kept < n).sum())]
+            self.positions = self.positions[:, :, : int((self.positions < n).sum())]
             self.prompt_length = n
         self.cumulative_length = n
 
@@ -235,7 +235,7 @@ class CompactLayer(DynamicLayer):
     def _for_batch(self, change) -> None:
         if self.cumulative_length > 0:
             self.key_buffer, self.value_buffer = change(self.key_buffer), change(self.value_buffer)
-            self.kept = None if self.kept is None else change(self.kept)
+            self.positions = None if self.positions is None else change(self.positions)
 
 
 def _with_room(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
+from zipvl_compile.dynamo import as_plain_tensors, is_compiled_in_place, is_wrapped_for_zipvl
 from zipvl_compile.kernels.kv_view import UNREADABLE
 
 _checked: weakref.WeakSet = weakref.WeakSet()
@@ -26,7 +26,7 @@ def check_generate_is_compiled() -> None:
     if model is None or model in _checked:
         return
     _checked.add(model)
-    if model._compiled_call_impl is None and _wrapped_for_zipvl(model):
+    if not is_compiled_in_place(model) and is_wrapped_for_zipvl(model):
         warnings.warn(
             'torch.compile(model, backend="zipvl").generate(...) runs the original, uncompiled model: PyTorch forwards '
             'generate to it. Use model.compile(backend="zipvl") and then model.generate(...), which compiles in place.',
@@ -46,47 +46,63 @@ def _generating() -> torch.nn.Module | None:
     return None
 
 
-def _wrapped_for_zipvl(model: torch.nn.Module) -> bool:
-    """Return whether some `torch.compile(model, backend="zipvl")` wraps the module.
-
-    Nothing leads from a module to its wrapper, so this looks through the live objects, once per model.
-    """
-    from zipvl_compile.backend import zipvl
-
-    return any(
-        type(wrapper) is OptimizedModule
-        and wrapper._orig_mod is model
-        and callable(wrapper.dynamo_ctx.callback)
-        and getattr(innermost_backend(wrapper.dynamo_ctx.callback), "compiler_fn", None) is zipvl
-        for wrapper in gc.get_objects()
-    )
-
-
 class _PhysicalKeys(torch.Tensor):
-    """Keys of a compacted cache in eager mode, which turn a mask of logical length into an error that says why."""
+    """Keys of a compacted cache in eager mode: a mask of another length meets an error that says why."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **(kwargs or {}))
-        except RuntimeError as error:
-            if func is F.scaled_dot_product_attention or func in _ARITHMETIC:
-                why = "The eager model passed a mask over all tokens, as it does for padded batches."
-                raise RuntimeError(UNREADABLE.format(why=why)) from error
-            raise
-        # Views of the keys and their raw scores stay watched; everything after the mask is a plain tensor again.
-        if isinstance(result, torch.Tensor) and (func in _VIEWS or func in _SCORES):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            keys = args[1] if len(args) > 1 else kwargs["key"]
+            _check_fits(keys.shape[-2], [args[3] if len(args) > 3 else kwargs.get("attn_mask")])
+        with as_plain_tensors():
+            result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and func in _VIEWS | _PRODUCTS:
+            return result.as_subclass(_PhysicalScores if func in _PRODUCTS else cls)
+        return result
+
+
+class _PhysicalScores(torch.Tensor):
+    """Scores over such keys, `[..., cached tokens]`, until a mask was applied to them."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _MASKING:
+            operands = [*args, *kwargs.values()]
+            length = next(x.shape[-1] for x in operands if isinstance(x, cls))
+            _check_fits(length, operands)
+        with as_plain_tensors():
+            result = func(*args, **kwargs)
+        # What comes after the mask, or what is no score any more, is a plain tensor again.
+        if isinstance(result, torch.Tensor) and func in _VIEWS | _SCALING:
             return result.as_subclass(cls)
         return result
 
 
+def _check_fits(length: int, masks: Sequence[object]) -> None:
+    """Check that masks have a column for each of `length` cached tokens, or one for all.
+
+    Raises:
+        RuntimeError: a mask does not fit: the model counts dropped tokens, too.
+    """
+    for mask in masks:
+        if isinstance(mask, torch.Tensor) and mask.dim() > 0 and mask.shape[-1] not in (1, length):
+            why = f"The eager model passed a mask over all {mask.shape[-1]} tokens, as it does for padded batches."
+            raise RuntimeError(UNREADABLE.format(why=why))
+
+
+_TENSOR = torch.Tensor
 _VIEWS = {
-    torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.transpose,
-    torch.transpose, torch.Tensor.to, torch.Tensor.contiguous,
+    _TENSOR.__getitem__, _TENSOR.expand, _TENSOR.reshape, _TENSOR.view, _TENSOR.transpose, torch.transpose, _TENSOR.to,
+    _TENSOR.float, _TENSOR.contiguous,
 }  # fmt: skip
-_SCORES = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mul, torch.Tensor.__mul__}
-_ARITHMETIC = _SCORES | {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.masked_fill, torch.where}
+_PRODUCTS = {torch.matmul, _TENSOR.matmul, _TENSOR.__matmul__, torch.bmm, torch.einsum}
+_SCALING = {torch.mul, _TENSOR.mul, _TENSOR.__mul__, torch.div, _TENSOR.div, _TENSOR.__truediv__}
+_MASKING = {
+    torch.add, _TENSOR.add, _TENSOR.add_, _TENSOR.__add__, _TENSOR.__iadd__, torch.masked_fill, _TENSOR.masked_fill,
+    _TENSOR.masked_fill_, torch.where,
+}  # fmt: skip
 
 
 def read_in_eager(keys: torch.Tensor) -> torch.Tensor:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import cache_of
 
 
-def kept_tokens(past_key_values: Cache) -> list[torch.Tensor | None]:
+def kept_tokens(cache: Any) -> list[torch.Tensor | None]:
     """Return the positions that each layer's KV cache holds.
 
     Args:
-        past_key_values: the cache of a `generate` or `forward` call.
+        cache: of a `generate` or `forward` call, or the output of one that holds it.
 
     Returns:
         One entry per layer: int64 `[B, G, P]`, ascending positions in the sequence, `G = 1` for one selection per
         layer; None for layers of another kind (sliding window, linear attention) and for empty layers.
 
     Raises:
-        TypeError: not a Hugging Face cache.
+        TypeError: neither a Hugging Face cache nor an output with one.
     """
-    if not isinstance(past_key_values, Cache):
+    held = cache if isinstance(cache, Cache) else cache_of(cache)
+    if held is None:
         raise TypeError(
-            f"past_key_values: expected a transformers Cache, got {type(past_key_values).__name__}. "
-            "Pass out.past_key_values, or generate(..., return_dict_in_generate=True).past_key_values."
+            f"cache: expected a transformers Cache or an output that holds one, got {type(cache).__name__}. Pass what "
+            "the model returned, or what generate(..., return_dict_in_generate=True) returned."
         )
-    return [layer.positions if isinstance(layer, CompactLayer) else None for layer in past_key_values.layers]
+    return [layer.cached_positions if isinstance(layer, CompactLayer) else None for layer in held.layers]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from zipvl_compile.dynamo import TRACING_LOGGERS
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.version import __version__
 
@@ -65,7 +66,8 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
+    for name in TRACING_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.cache.kept_tokens import kept_tokens
 
 Inputs = Mapping[str, torch.Tensor]
@@ -25,7 +26,7 @@ class Answer:
 
     Attributes:
         text: the new tokens, decoded.
-        prompt: prompt length (tokens).
+        prompt_length: of the prompt (tokens).
         kept: kept prompt positions of each cache layer, int64 `[P]`; None for layers of another kind.
         first_token: time to the first new token: vision tower, prefill and what `generate` adds (seconds).
         per_token: mean time of the later ones (seconds), None if there were none.
@@ -35,7 +36,7 @@ class Answer:
     """
 
     text: str
-    prompt: int
+    prompt_length: int
     kept: list[torch.Tensor | None]
     first_token: float
     per_token: float | None
@@ -66,7 +67,7 @@ class Comparison:
         rows: list[tuple[float, float] | None] = []
         for layer in zip(*(answer.kept for answer in self.sparse), strict=True):
             counts = [kept.numel() for kept in layer if kept is not None]
-            shares = [count / answer.prompt for count, answer in zip(counts, self.sparse, strict=False)]
+            shares = [count / answer.prompt_length for count, answer in zip(counts, self.sparse, strict=False)]
             rows.append((mean(counts), mean(shares)) if counts else None)
         return rows
 
@@ -108,7 +109,11 @@ def compiled_pair(
 
 
 def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
-    """Generate greedily from one prompt (batch 1) and time every token."""
+    """Generate greedily from one prompt (batch 1) and time every token.
+
+    Raises:
+        ValueError: the model generates without a KV cache.
+    """
     n = inputs["input_ids"].shape[1]
     clock = _Clock()
     out = model.generate(
@@ -120,17 +125,22 @@ def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_
         return_dict_in_generate=True,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    cache = out.past_key_values
+    cache = cache_of(out)
+    if cache is None:
+        raise ValueError(
+            f"model: expected one that generates with a KV cache, got {type(model).__name__}, which returned none. "
+            "Set use_cache=True in its generation_config."
+        )
     start, first, *later = clock.times
     return Answer(
         text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),
-        prompt=n,
+        prompt_length=n,
         kept=[None if p is None else p[0, 0][p[0, 0] < n].cpu() for p in kept_tokens(cache)],
         first_token=first - start,
         per_token=(later[-1] - first) / len(later) if later else None,
         kv_used=_kv_bytes(cache, allocated=False),
         kv_allocated=_kv_bytes(cache, allocated=True),
-        compacted=any(isinstance(layer, CompactLayer) and layer.kept is not None for layer in cache.layers),
+        compacted=any(isinstance(layer, CompactLayer) and layer.positions is not None for layer in cache.layers),
     )
 
 

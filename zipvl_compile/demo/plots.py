@@ -24,7 +24,7 @@ def draw_kept_patches(
     kept: Mapping[int, torch.Tensor],
     image_tokens: torch.Tensor,
     grid: tuple[int, int],
-    prompt: int,
+    prompt_length: int,
     title: str = "",
 ) -> None:
     """Write a picture with one panel per layer, in which the patches that the layer dropped are faded.
@@ -35,7 +35,7 @@ def draw_kept_patches(
         kept: positions of the kept prompt tokens, int64 `[P]`, by layer number.
         image_tokens: positions of the image tokens in the prompt, int64 `[rows * columns]`, in reading order.
         grid: rows and columns of patches.
-        prompt: prompt length (tokens).
+        prompt_length: of the prompt (tokens).
         title: above the panels.
     """
     rows, columns = grid
@@ -49,12 +49,12 @@ def draw_kept_patches(
         chosen = torch.isin(image_tokens, positions.cpu()).reshape(rows, columns)
         axis.imshow(_fade(picture, chosen.numpy().repeat(scale, 0).repeat(scale, 1)))
         patches = f"{int(chosen.sum())} of {rows * columns} patches"
-        axis.set_title(f"layer {layer}: kept {patches}\n{_count(positions, prompt)}", fontsize=9)
+        axis.set_title(f"layer {layer}: kept {patches}\n{_count(positions, prompt_length)}", fontsize=9)
     _save(figure, path)
 
 
 def draw_kept_strips(
-    path: Path, image: Image.Image, kept: Mapping[int, torch.Tensor], prompt: int, title: str = ""
+    path: Path, image: Image.Image, kept: Mapping[int, torch.Tensor], prompt_length: int, title: str = ""
 ) -> None:
     """Write a picture of the image beside one strip per layer, on which the kept prompt positions are marked.
 
@@ -65,12 +65,12 @@ def draw_kept_strips(
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     left.imshow(np.asarray(image.convert("RGB")))
     left.set_axis_off()
-    marks = np.empty((len(kept), prompt, 3))
+    marks = np.empty((len(kept), prompt_length, 3))
     marks[:] = DROPPED_COLOUR
     for row, positions in enumerate(kept.values()):
         marks[row, positions.cpu().numpy()] = KEPT_COLOUR
     right.imshow(marks, aspect="auto", interpolation="nearest")
-    labels = [f"layer {layer}: {_count(positions, prompt)}" for layer, positions in kept.items()]
+    labels = [f"layer {layer}: {_count(positions, prompt_length)}" for layer, positions in kept.items()]
     right.set_yticks(range(len(kept)), labels, fontsize=7)
     right.tick_params(axis="x", labelsize=7)
     right.set_xlabel("position in the prompt (tokens); dark: kept", fontsize=8)
@@ -94,8 +94,8 @@ def _fade(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(kept[..., None], picture, pale)
 
 
-def _count(positions: torch.Tensor, prompt: int) -> str:
-    return f"{positions.numel()} of {prompt} tokens ({positions.numel() / prompt:.0%})"
+def _count(positions: torch.Tensor, prompt_length: int) -> str:
+    return f"{positions.numel()} of {prompt_length} tokens ({positions.numel() / prompt_length:.0%})"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -210,10 +210,10 @@ def _draw(
     title = f"{question} {answer.text}\nPale patches were dropped (tau = {setup.tau:g})."
     view, grid = model_view(processor, inputs, image), patch_grid(model.config, inputs)
     if grid is None:
-        draw_kept_strips(setup.output, view, kept, answer.prompt, title)
+        draw_kept_strips(setup.output, view, kept, answer.prompt_length, title)
     else:
         where = image_positions(model.config, inputs)
-        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt, title)
+        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt_length, title)
     _say(console, f"Which image patches each layer kept: {setup.output}")
 
 

@@ -19,6 +19,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
+from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Why
@@ -46,11 +48,14 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         TypeError: `model` is not a module.
         ValueError: an unknown option, an input that the model does not take, or a model without a KV cache.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = original_of(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
-    options = {"inner": "eager", **(options or {})}
+    options = dict(options or {})
     ZipVLOptions.parse(options)
+    if "inner" not in options:
+        options["inner"] = "eager"
+        options.pop("mode", None)  # Inductor's
     _check_inputs(model, inputs)
     with _undisturbed(model), report.collect() as reports, torch.no_grad():
         compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))
@@ -58,7 +63,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         cache = _cache_of(outputs, model)
         prompt_length = cache.get_seq_length()
         kept = _kept_counts(cache)
-        notes = _decode_one_token(compiled, outputs, cache, inputs)
+        notes = _decode_one_token(compiled, outputs, as_argument(cache, model.forward), inputs)
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
     rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt_length)
     pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
@@ -88,7 +93,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Leave no trace: M-RoPE offsets of a generation under way, warnings shown, warnings that zipvl remembers."""
     offsets = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     warned = set(report._warned)
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_dynamo.variables.tensor", "_subclasses.fake_tensor")]
+    loggers = [logging.getLogger(name) for name in TRACING_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -111,8 +116,9 @@ def _check_inputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
             f"inputs: expected a prompt as input_ids, got {sorted(inputs) or 'nothing'}. "
             'Pass **processor(images=image, text=prompt, return_tensors="pt").'
         )
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: expected a prompt without a cache, got one. Leave it out.")
+    for name in CACHE_NAMES:
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name}: expected a prompt without a cache, got one. Leave it out.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a decoder-only LVLM, got the encoder-decoder {type(model).__name__}. "
@@ -132,18 +138,20 @@ def _check_inputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def _cache_of(outputs: Any, model: torch.nn.Module) -> Cache:
-    cache = getattr(outputs, "past_key_values", None)
-    if not isinstance(cache, Cache) or not isinstance(getattr(outputs, "logits", None), torch.Tensor):
+    cache = cache_of(outputs)
+    if cache is None or not isinstance(getattr(outputs, "logits", None), torch.Tensor):
         raise ValueError(
-            f"model: expected one whose forward returns logits and past_key_values, got {type(model).__name__}, "
+            f"model: expected one whose forward returns logits and a KV cache, got {type(model).__name__}, "
             f"which returned {type(outputs).__name__}. Explain the part that generates, such as model.language_model."
         )
     return cache
 
 
-def _decode_one_token(compiled: Any, outputs: Any, cache: Cache, inputs: Mapping[str, Any]) -> list[str]:
+def _decode_one_token(
+    compiled: Any, outputs: Any, cache: Mapping[str, Cache | None], inputs: Mapping[str, Any]
+) -> list[str]:
     """Feed the likeliest next token back; return a note if the compacted cache could not be read."""
-    step: dict[str, Any] = {"input_ids": outputs.logits[:, -1:].argmax(-1), "past_key_values": cache, "use_cache": True}
+    step: dict[str, Any] = {"input_ids": outputs.logits[:, -1:].argmax(-1), **cache, "use_cache": True}
     mask = inputs.get("attention_mask")
     # Without padding, `generate` passes no mask either; M-RoPE models read one as the positions of all tokens.
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all():
@@ -181,7 +189,7 @@ def _without_repeats(sites: list[SiteOutcome]) -> list[SiteOutcome]:
 def _kept_counts(cache: Cache) -> dict[int, int]:
     """Return how many prompt tokens each cache layer that went through zipvl keeps, by layer number."""
     layers = enumerate(cache.layers)
-    return {i: x.kept.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.kept is not None}
+    return {i: x.positions.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.positions is not None}
 
 
 def _with_kept_tokens(

@@ -1,26 +1,31 @@
 """The speed of this machine, measured once per device and dtype, for the cost model.
 
 Takes a few tenths of a second, and on a GPU the seconds that Triton needs for kernels it has not compiled yet; a
-compile takes many times that.
+compile takes many times that. On a GPU it takes a share of the memory that is free, or none; whatever fails, the speed
+of a machine measured before stands in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from zipvl_compile.dynamo import keep_gpu_asleep, with_real_tensors
 from zipvl_compile.kernels.gather_tokens import gather_tokens
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.token_scores import token_scores
 from zipvl_compile.passes.cost_model import Machine
+from zipvl_compile.report.known_machines import known_machine
 
+log = logging.getLogger("zipvl_compile")
 _PROBES = 128
 
 
@@ -33,29 +38,70 @@ class _Sizes:
     small: int  # prompt lengths (tokens)
     large: int
 
+    def memory(self, element: int) -> int:
+        """Return a bound of the bytes that measuring takes at once, for elements of so many bytes."""
+        tensors = 8 * self.heads * self.large * self.width  # Q, K, V, K for scores, halves of the three, an output
+        mask = self.large**2  # as booleans, and up to twice as numbers: kernels copy it
+        matrices = 3 * self.side**2
+        return (tensors + 2 * mask + matrices) * element + mask
 
-_SIZES = {"cpu": _Sizes(8, 64, 128, 2048)}
-_OTHER = _Sizes(32, 128, 512, 8192)
+    @property
+    def side(self) -> int:
+        """Return rows and columns of the matrices that are multiplied."""
+        return self.large // 2
+
+
+_ON_CPU = _Sizes(8, 64, 128, 2048)
+#: From the best to the least that still says something.
+_ON_GPU = (
+    _Sizes(32, 128, 512, 8192),
+    _Sizes(32, 128, 512, 4096),
+    _Sizes(16, 128, 256, 4096),
+    _Sizes(8, 128, 256, 2048),
+)
+#: Of the free memory of a GPU: the model that is being compiled needs the rest.
+_SHARE = 0.25
 _ROUNDS = 7
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Return the speed of `device` for tensors of `dtype`, measured at the first call.
 
-    It depends on the number of threads, too: another number is measured again.
+    It depends on the number of threads, too: another number is measured again. Where measuring fails, a warning is
+    logged, and the answer is that of `known_machine`.
     """
     return _measured(device, dtype, torch.get_num_threads())
 
 
 @functools.cache
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
-    # A backend runs while Dynamo traces with fake tensors; these are real.
-    with _disable_current_modes(), torch.no_grad():
-        return _measure(device, dtype)
+    try:
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        # A backend runs while Dynamo traces with fake tensors; these are real.
+        with with_real_tensors(), torch.no_grad(), on_device:
+            return _measure(device, dtype, _sizes(device, dtype))
+    except Exception as error:  # whatever it is, the user's model can be compiled without these numbers
+        why = str(error).partition("\n")[0]
+        log.warning("zipvl could not measure %s, and takes the speed of a known one: %s", device, why)
+        return known_machine(device)
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    sizes = _SIZES.get(device.type, _OTHER)
+def _sizes(device: torch.device, dtype: torch.dtype) -> _Sizes:
+    """Return what is measured on a device, of a GPU by its free memory.
+
+    Raises:
+        MemoryError: the least takes more than its share.
+    """
+    if device.type != "cuda":
+        return _ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    for sizes in _ON_GPU:
+        if sizes.memory(dtype.itemsize) <= _SHARE * free:
+            return sizes
+    raise MemoryError(f"{free / 1e6:.0f} MB are free, of which {_SHARE:.0%} may be used")
+
+
+def _measure(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> Machine:
     heads, width, small, large = sizes.heads, sizes.width, sizes.small, sizes.large
     generator = torch.Generator().manual_seed(0)
 
@@ -84,9 +130,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
     }
     host = product = 0.0
     if device.type == "cuda":
-        matrix = draw(4096, 4096)
-        times = _device_medians(runs | {"product": lambda: matrix @ matrix}, device)
-        product = times["product"] / 4096**3
+        matrix = draw(sizes.side, sizes.side)
+        times = _device_medians(runs | {"product": lambda: matrix @ matrix})
+        product = times["product"] / sizes.side**3
         launches = _medians({name: runs[name] for name in ("attend few", "site")}, device)
         host = max(launches["site"] - launches["attend few"], 0.0)
     else:
@@ -113,20 +159,19 @@ def sparse_prefill_attention(
     return sparse_attention(q, gather_tokens(k, positions), gather_tokens(v, positions), positions)
 
 
-def _device_medians(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Return the median time of each run on a GPU in seconds, without that of the host: it sleeps meanwhile."""
+def _device_medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median time of each run on the current GPU in seconds; the GPU sleeps while the host prepares it."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.cuda.device(device):
-        for i in range(_ROUNDS + 1):
-            for name, run in runs.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(1_000_000)  # half a millisecond
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                if i:
-                    times[name].append(start.elapsed_time(end) / 1e3)
+    for i in range(_ROUNDS + 1):
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            keep_gpu_asleep(1_000_000)  # half a millisecond
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if i:
+                times[name].append(start.elapsed_time(end) / 1e3)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

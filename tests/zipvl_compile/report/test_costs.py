@@ -12,7 +12,6 @@ from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seco
 from zipvl_compile.report import costs as module
 from zipvl_compile.report.compile_report import collect
 from zipvl_compile.report.costs import costs, least_tokens
-from zipvl_compile.report.machine import machine
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -27,20 +26,6 @@ def fresh():
 @pytest.fixture
 def known(monkeypatch):
     monkeypatch.setattr(module, "machine", lambda device, dtype: SLOW_SITE)
-
-
-def test_this_machine_is_measured_once():
-    measured = machine(CPU, torch.float32)
-    assert all(value >= 0 for value in dataclasses.astuple(measured)) and measured.attend > 0
-    assert machine(CPU, torch.float32) is measured
-
-
-def test_measuring_leaves_the_random_numbers_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    machine(CPU, torch.float64)
-    assert torch.equal(torch.rand(4), expected)
 
 
 def test_the_option_wins():
@@ -73,7 +58,7 @@ def test_keeping_every_token_stays_dense(known, options):
         got, expected = f(**x).logits, model()(**x).logits
     torch.testing.assert_close(got, expected)
     sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
-    assert sites and all(site.by_design and "gains nothing" in site.reason for site in sites)
+    assert sites and all(site.by_design and "gains nothing" in str(site.reason) for site in sites)
 
 
 @pytest.mark.parametrize(("site", "rewritten"), [(0.0, True), (7e-4, False)], ids=["free", "costly"])
@@ -94,6 +79,6 @@ def test_explain_predicts_every_layer(known):
     rows = [row for row in explanation.rows if row.kind == "prefill"]
     assert [cost.layer for cost in found] == [row.layer for row in rows]
     for cost, row in zip(found, rows, strict=True):
-        assert cost.kept == row.kept / row.prompt < 1
+        assert cost.kept == row.kept / row.prompt_length < 1
         assert cost.speedup == cost.dense / cost.sparse < 1, "a prompt this short gains nothing"
-        assert cost.break_even > explanation.prompt and f"from {cost.break_even} tokens" in str(cost)
+        assert cost.break_even > explanation.prompt_length and f"from {cost.break_even} tokens" in str(cost)

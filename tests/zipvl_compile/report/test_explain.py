@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import zipvl_compile
+from zipvl_compile.cache.hf_names import CACHE_NAME
 from zipvl_compile.report import compile_report as report
 
 LAYERS, VISION_LAYERS, PATCHES, TEXT = 2, 1, 16, 40
@@ -69,12 +70,12 @@ def test_vision_tower_is_dense_with_its_reason(explanation):
     rows = decoder("other", explanation)
     assert len(rows) == VISION_LAYERS
     for row in rows:
-        assert "vision_tower" in row.layer and row.outcome == "dense" and "vision tower" in row.reason
+        assert "vision_tower" in row.layer and row.outcome == "dense" and "vision tower" in str(row.reason)
 
 
 def test_kept_tokens_are_those_of_the_cache(explanation):
     prompt = 1 + PATCHES + TEXT
-    assert explanation.prompt == prompt
+    assert explanation.prompt_length == prompt
     for row in decoder("prefill", explanation):
         assert row.kept == -(-prompt // 4) and row.fraction == row.kept / prompt
     assert all(row.kept is None and row.fraction is None for row in decoder("decode", explanation))
@@ -89,7 +90,7 @@ def test_text_shows_every_row(explanation):
     assert f"{2 * LAYERS} attention sites rewritten, {VISION_LAYERS} dense" in lines[0]
     for row, line in zip(explanation.rows, lines[2:], strict=True):
         assert line.split()[:3] == [row.layer, row.kind, row.outcome]
-        assert line.endswith(row.reason or (PREFILL if row.kind == "prefill" else "rewritten"))
+        assert line.endswith(str(row.reason or (PREFILL if row.kind == "prefill" else "rewritten")))
 
 
 PREFILL = "15 of 57 (26.3%), pruned q, v, output"
@@ -115,8 +116,8 @@ def test_table_shows_every_row_in_80_columns(explanation):
 def test_a_short_prompt_is_dense_and_the_remedy_is_named(model, inputs):
     explanation = zipvl_compile.explain(model, **inputs)
     rows = decoder("prefill", explanation)
-    assert len(rows) == LAYERS and all(re.search(r"min_tokens=\d+", row.reason) for row in rows)
-    assert all(row.kept == explanation.prompt for row in rows)
+    assert len(rows) == LAYERS and all(re.search(r"min_tokens=\d+", str(row.reason)) for row in rows)
+    assert all(row.kept == explanation.prompt_length for row in rows)
     assert any("'min_tokens': 0" in note for note in explanation.notes)
 
 
@@ -156,7 +157,7 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
         explanation = zipvl_compile.explain(odd, options=EVERY_LENGTH, **inputs)
     rows = decoder("prefill", explanation)
     difference = "nearest pattern: eager attention; first difference: the attention weights go through 'pow'"
-    assert len(rows) == LAYERS and all(difference in row.reason for row in rows)
+    assert len(rows) == LAYERS and all(difference in str(row.reason) for row in rows)
     assert not any("nearest pattern" in reason for reason in report._warned)
 
 
@@ -164,7 +165,7 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
     ("change", "message"),
     [
         ({"pixel_vals": torch.zeros(1)}, "'pixel_vals'.*Did you mean 'pixel_values'"),
-        ({"past_key_values": object()}, "past_key_values: expected a prompt without a cache"),
+        ({CACHE_NAME: object()}, f"{CACHE_NAME}: expected a prompt without a cache"),
         ({"input_ids": None}, "expected a prompt as input_ids"),
         ({"options": {"tua": 1.0}}, "'tua'.*Did you mean 'tau'"),
         ({"options": {"tau": 2.0}}, "'tau': expected a fraction"),
@@ -177,11 +178,16 @@ def test_bad_arguments_are_explained(model, inputs, change, message):
         zipvl_compile.explain(model, **given)
 
 
+def test_a_mode_of_inductor_is_no_hindrance(model, inputs, explanation):
+    options = {**EVERY_LENGTH, "keep_ratio": 0.25, "mode": "max-autotune"}
+    assert zipvl_compile.explain(model, options=options, **inputs) == explanation
+
+
 def test_only_models_are_explained(inputs):
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
         zipvl_compile.explain("llava", **inputs)
 
 
 def test_a_model_without_a_cache_is_named(model, inputs):
-    with pytest.raises(ValueError, match="forward returns logits and past_key_values, got LlavaModel"):
+    with pytest.raises(ValueError, match="forward returns logits and a KV cache, got LlavaModel"):
         zipvl_compile.explain(model.model, input_ids=inputs["input_ids"][:, -TEXT:])

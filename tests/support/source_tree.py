@@ -1,0 +1,47 @@
+"""The source files of this repository as data: modules, what they import, where their tests are."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "zipvl_compile"
+#: Folders at the top that are imported as parts of the package, through links inside it.
+LINKED = ("passes", "kernels")
+
+
+def sources() -> list[Path]:
+    """Return every source file of the package, each once: files behind the links at their true place."""
+    return sorted(
+        path
+        for top in (PACKAGE, *LINKED)
+        for path in (ROOT / top).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents)
+    )
+
+
+def module_name(path: Path) -> str:
+    """Return the name under which a source file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path, known: frozenset[str]) -> set[str]:
+    """Return the modules among `known` that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= whole & known | ({str(node.module)} if whole - known else set())
+    return found & known

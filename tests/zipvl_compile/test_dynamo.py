@@ -1,0 +1,193 @@
+"""The private names of PyTorch behind their functions: each does what its docstring says, in the PyTorch installed."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from zipvl_compile import backend, dynamo
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x) + (1 if dynamo.tracing_for_zipvl() else 0)
+
+
+def callback(**given):
+    return torch.compile(Small(), **given).dynamo_ctx.callback
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        (backend.zipvl, True),
+        (functools.partial(functools.partial(backend.zipvl, mode=None), options={"tau": 0.5}), True),
+        (callback(backend="zipvl"), True),
+        (callback(backend="zipvl", options={"tau": 0.5}), True),
+        (callback(backend=functools.partial(backend.zipvl, options={"tau": 0.5})), True),
+        (callback(backend="eager"), False),
+        (callback(backend="inductor"), False),
+        (lambda gm, inputs: gm, False),
+        (None, False),
+    ],
+    ids=["function", "partial", "name", "options", "compiled-partial", "eager", "inductor", "other", "none"],
+)
+def test_which_backend_is_ours(given, ours):
+    assert dynamo.is_zipvl(given) is ours
+
+
+@pytest.mark.parametrize(
+    ("backend", "gradients", "training", "told"),
+    [
+        ("zipvl", False, False, True),
+        ("zipvl", True, False, True),
+        ("zipvl", False, True, True),
+        ("zipvl", True, True, False),
+        ("eager", False, False, False),
+    ],
+)
+def test_a_traced_frame_is_told_whether_it_is_for_zipvl_and_for_inference(backend, gradients, training, told):
+    model = Small().train(training)
+    x, options = torch.ones(1, 3), {"options": {"inner": "eager"}} if backend == "zipvl" else {}
+    with torch.set_grad_enabled(gradients):
+        compiled = torch.compile(model, backend=backend, **options)(x)
+        assert torch.equal(compiled, model(x) + (1 if told else 0))
+
+
+def test_nothing_is_traced_outside_a_compile():
+    assert not dynamo.tracing_for_zipvl()
+    assert dynamo.gradients_matter()
+    with torch.no_grad():
+        assert not dynamo.gradients_matter()
+
+
+def test_the_recompile_limit_is_raised_and_never_lowered():
+    with torch._dynamo.config.patch(recompile_limit=8):
+        dynamo.raise_recompile_limit(20)
+        dynamo.raise_recompile_limit(10)
+        assert torch._dynamo.config.recompile_limit == 20
+
+
+def test_compiled_models_are_seen_through():
+    model, other = Small(), Small()
+    wrapped = torch.compile(model, backend="eager")
+    assert dynamo.original_of(wrapped) is model and dynamo.original_of(model) is model
+    assert not dynamo.is_wrapped_for_zipvl(model), "wrapped, but for another backend"
+    ours = torch.compile(model, backend="zipvl")
+    assert dynamo.is_wrapped_for_zipvl(model) and not dynamo.is_wrapped_for_zipvl(other)
+    assert not dynamo.is_compiled_in_place(model)
+    model.compile(backend="eager")
+    assert dynamo.is_compiled_in_place(model) and dynamo.original_of(ours) is model
+
+
+def test_a_users_error_keeps_its_type_and_its_words():
+    def fails(gm, inputs):
+        raise dynamo.UserError("x: expected 1, got 2. Use 1.")
+
+    with pytest.raises(dynamo.UserError, match=r"^x: expected 1, got 2\. Use 1\."):
+        torch.compile(Small(), backend=fails)(torch.ones(1, 3))
+    assert issubclass(dynamo.UserError, ValueError)
+
+
+def traced(f, *inputs, **given):
+    """Return the Dynamo graph of a function."""
+    graphs = []
+
+    def keep(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(f, backend=keep, **given)(*inputs)
+    return graphs[0]
+
+
+def test_gradient_switches_are_found():
+    def f(x):
+        with torch.no_grad():
+            y = x * 2
+        return y + x
+
+    assert [node.args for node in dynamo.gradient_switches(traced(f, torch.ones(2)).graph)] == [(False,), (True,)]
+
+
+def test_sizes_that_depend_on_data_are_allowed_in_one_graph_only():
+    gm, other = (traced(lambda x: x + 1, torch.ones(2, k), dynamic=True) for k in (3, 4))
+    envs = [next(n for n in g.graph.nodes).meta["example_value"] for g in (gm, other)]
+    envs = [value.node.shape_env if isinstance(value, torch.SymInt) else value.fake_mode.shape_env for value in envs]
+    dynamo.allow_data_dependent_sizes(gm.graph)
+    assert [env.settings.allow_dynamic_output_shape_ops for env in envs] == [True, False]
+    dynamo.allow_data_dependent_sizes(torch.fx.Graph())  # no tensor, no ShapeEnv
+
+
+@pytest.mark.parametrize(("mark", "compiles"), [(True, 1), (False, 2)])
+def test_a_size_that_changes_is_compiled_for_once(mark, compiles):
+    count = 0
+
+    def counting(gm, inputs):
+        nonlocal count
+        count += 1
+        return gm.forward
+
+    f = torch.compile(lambda x: x * 2, backend=counting)
+    for size in (3, 4, 5):
+        x = torch.ones(2, size)
+        if mark:
+            dynamo.mark_size_as_changing(x, 1)
+        f(x)
+    assert count == compiles
+
+
+def test_modes_are_those_of_inductor():
+    assert {"default", "reduce-overhead", "max-autotune"} <= set(dynamo.inductor_modes())
+    assert "triton.cudagraphs" in dynamo.inductor_modes()["reduce-overhead"]
+
+
+def test_aot_eager_runs_the_graph():
+    gm, x = traced(lambda x: x * 3, torch.ones(2)), torch.tensor([1.0, 2.0])
+    (out,) = dynamo.compile_with_aot_eager(gm, [x])(x)
+    assert torch.equal(out, 3 * x)
+
+
+def test_tensors_are_real_amid_fake_ones():
+    seen = []
+
+    def look(gm, inputs):
+        with dynamo.with_real_tensors():
+            seen.append(torch.ones(2) + 1)
+        return gm.forward
+
+    torch.compile(Small(), backend=look)(torch.ones(1, 3))
+    assert type(seen[0]) is torch.Tensor and seen[0].tolist() == [2, 2]
+
+
+def test_subclasses_of_tensor_stand_aside():
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("asked")
+
+    x = torch.ones(2).as_subclass(Watched)
+    with pytest.raises(AssertionError, match="asked"):
+        torch.add(x, 1)
+    with dynamo.as_plain_tensors():
+        assert torch.add(x, 1).sum().item() == 4
+
+
+def test_loggers_are_loggers_of_torch():
+    import logging
+
+    assert all(name in logging.root.manager.loggerDict for name in dynamo.TRACING_LOGGERS)
