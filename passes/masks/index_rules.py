@@ -225,7 +225,7 @@ RULES: dict[str, Rule] = {
     "bitwise_and": _logic(And), "bitwise_or": _logic(Or), "bitwise_not": _logic(Not), "logical_and": _logic(And),
     "logical_or": _logic(Or), "logical_not": _logic(Not),
     **dict.fromkeys(("to", "bool", "int", "long", "float", "type", "type_as", "clone", "contiguous"), _same),
-    **dict.fromkeys(("detach", "expand"), _same),
+    **dict.fromkeys(("detach", "expand", "double", "half", "bfloat16"), _same),
     "getitem": _getitem, "index": _aten_index, "unsqueeze": _unsqueeze, "transpose": _transpose,
     "where": _where, "masked_fill": _masked_fill,
     "triu": _triangle(lambda x: sympy.Ge(x, 0)), "tril": _triangle(lambda x: sympy.Le(x, 0)),
