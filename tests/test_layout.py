@@ -1,14 +1,26 @@
-"""The house: imports run down, and never in a circle."""
+"""The house: imports run down and never in a circle, files are short, and every file has its tests where one looks."""
 
 from __future__ import annotations
 
 import graphlib
 
-from support.source_tree import LINKED, PACKAGE, imports, module_name, sources
+import pytest
+from support.source_tree import (
+    LINKED,
+    PACKAGE,
+    ROOT,
+    imports,
+    imports_through_helpers,
+    mirrored_tests,
+    module_name,
+    sources,
+)
 
 SOURCES = sources()
 MODULES = frozenset(module_name(path) for path in SOURCES)
 IMPORTS = {module_name(path): imports(path, MODULES) for path in SOURCES}
+NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
+MOST_LINES = 300
 
 
 def floor(module: str) -> int:
@@ -37,3 +49,28 @@ def test_no_circle_of_imports():
 
 def test_the_home_of_private_names_imports_nothing_of_ours():
     assert IMPORTS[f"{PACKAGE}.dynamo"] == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_read_in_one_sitting(name):
+    lines = len((ROOT / name).read_text().splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines: split it by what it does"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("__init__.py")])
+def test_a_file_has_tests_that_import_it(name):
+    """`a/b.py` is imported by `tests/a/test_b.py`, itself or by helpers of its; parts of a pass or of an operator may
+    also be imported by another test of that folder."""
+    path = ROOT / name
+    module, mirror = module_name(path), f"test_{path.stem}"
+    beside = {test.stem: test for test in mirrored_tests(path)}
+    own = mirror in beside and module in imports_through_helpers(beside[mirror], MODULES)
+    others = [test for test in beside.values() if not name.startswith(PACKAGE) and module in imports(test, MODULES)]
+    assert own or others, f"add tests/{path.parent.relative_to(ROOT)}/{mirror}.py, or import it there"
+
+
+@pytest.mark.parametrize("top", LINKED)
+def test_linked_folders_are_namespaces(top):
+    """With an `__init__.py`, they would be taken for top-level packages, and `kernels` for that of Hugging Face."""
+    assert [str(path.relative_to(ROOT)) for path in (ROOT / top).rglob("__init__.py")] == []
+    assert (ROOT / PACKAGE / top).is_symlink() and (ROOT / PACKAGE / top).resolve() == ROOT / top

@@ -45,3 +45,34 @@ def imports(path: Path, known: frozenset[str]) -> set[str]:
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= whole & known | ({str(node.module)} if whole - known else set())
     return found & known
+
+
+def mirrored_tests(path: Path) -> list[Path]:
+    """Return the test files in the folder that mirrors that of a source file."""
+    return sorted((ROOT / "tests" / path.parent.relative_to(ROOT)).glob("test_*.py"))
+
+
+def helpers() -> dict[str, Path]:
+    """Return the modules that tests share, by the names under which they import them."""
+    return {
+        f"{folder}.{path.stem}": path
+        for folder in ("support", "families")
+        for path in ROOT.glob(f"tests/{folder}/*.py")
+    }
+
+
+def imports_through_helpers(path: Path, known: frozenset[str]) -> set[str]:
+    """Return the modules among `known` that a test file imports, or its helpers and conftest files do."""
+    shared = helpers()
+    names = known | frozenset(shared)
+    seen: set[str] = set()
+    found: set[str] = set()
+    queue = [path, *(folder / "conftest.py" for folder in path.parents if (folder / "conftest.py").exists())]
+    while queue:
+        for name in imports(queue.pop(), names) - seen:
+            seen.add(name)
+            if name in shared:
+                queue.append(shared[name])
+            else:
+                found.add(name)
+    return found

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import zipvl_compile
 from zipvl_compile.cache.hf_names import CACHE_NAME
 from zipvl_compile.report import compile_report as report
+from zipvl_compile.report.explain import explain
 
 LAYERS, VISION_LAYERS, PATCHES, TEXT = 2, 1, 16, 40
 EVERY_LENGTH = {"min_tokens": 0}
@@ -53,7 +53,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def explanation(model, inputs):
-    return zipvl_compile.explain(model, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs)
+    return explain(model, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs)
 
 
 def decoder(kind, explanation):
@@ -98,7 +98,7 @@ PREFILL = "15 of 57 (26.3%), pruned q, v, output"
 
 def test_projections_that_stay_dense_say_why(model, inputs):
     options = {**EVERY_LENGTH, "keep_ratio": 0.25, "evict": "keep"}
-    shown = zipvl_compile.explain(model, options=options, **inputs)
+    shown = explain(model, options=options, **inputs)
     assert {row.pruned for row in decoder("prefill", shown)} == {"q, output"}
     assert {row.pruned for row in shown.rows if row.kind != "prefill"} == {""}
     assert f"Computed for every token in {LAYERS} layers: v (read by 'gather_tokens' as well)." in shown.notes
@@ -114,7 +114,7 @@ def test_table_shows_every_row_in_80_columns(explanation):
 
 
 def test_a_short_prompt_is_dense_and_the_remedy_is_named(model, inputs):
-    explanation = zipvl_compile.explain(model, **inputs)
+    explanation = explain(model, **inputs)
     rows = decoder("prefill", explanation)
     assert len(rows) == LAYERS and all(re.search(r"min_tokens=\d+", str(row.reason)) for row in rows)
     assert all(row.kept == explanation.prompt_length for row in rows)
@@ -123,7 +123,7 @@ def test_a_short_prompt_is_dense_and_the_remedy_is_named(model, inputs):
 
 def test_asked_again_and_of_a_wrapped_model_the_same_is_said(model, inputs, explanation):
     wrapped = torch.compile(model, backend="eager")
-    assert zipvl_compile.explain(wrapped, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs) == explanation
+    assert explain(wrapped, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs) == explanation
 
 
 def test_a_compiled_model_stays_as_it_was(model, inputs):
@@ -131,7 +131,7 @@ def test_a_compiled_model_stays_as_it_was(model, inputs):
     model.compile(backend="zipvl", options={**EVERY_LENGTH, "inner": "eager"})
     before, attributes = model._compiled_call_impl, set(vars(model))
     warned, weights = set(report._warned), {name: p.clone() for name, p in model.state_dict().items()}
-    zipvl_compile.explain(model, options=EVERY_LENGTH, **inputs)
+    explain(model, options=EVERY_LENGTH, **inputs)
     assert model._compiled_call_impl is before and set(vars(model)) == attributes
     assert report._warned == warned and not model.training
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
@@ -154,7 +154,7 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
     odd.set_attn_implementation("weights_squared")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        explanation = zipvl_compile.explain(odd, options=EVERY_LENGTH, **inputs)
+        explanation = explain(odd, options=EVERY_LENGTH, **inputs)
     rows = decoder("prefill", explanation)
     difference = "nearest pattern: eager attention; first difference: the attention weights go through 'pow'"
     assert len(rows) == LAYERS and all(difference in str(row.reason) for row in rows)
@@ -175,19 +175,19 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
 def test_bad_arguments_are_explained(model, inputs, change, message):
     given = {name: value for name, value in {**inputs, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        zipvl_compile.explain(model, **given)
+        explain(model, **given)
 
 
 def test_a_mode_of_inductor_is_no_hindrance(model, inputs, explanation):
     options = {**EVERY_LENGTH, "keep_ratio": 0.25, "mode": "max-autotune"}
-    assert zipvl_compile.explain(model, options=options, **inputs) == explanation
+    assert explain(model, options=options, **inputs) == explanation
 
 
 def test_only_models_are_explained(inputs):
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
-        zipvl_compile.explain("llava", **inputs)
+        explain("llava", **inputs)
 
 
 def test_a_model_without_a_cache_is_named(model, inputs):
     with pytest.raises(ValueError, match="forward returns logits and a KV cache, got LlavaModel"):
-        zipvl_compile.explain(model.model, input_ids=inputs["input_ids"][:, -TEXT:])
+        explain(model.model, input_ids=inputs["input_ids"][:, -TEXT:])

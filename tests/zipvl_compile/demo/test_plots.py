@@ -1,0 +1,31 @@
+"""Pictures of the kept image patches."""
+
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="an extra: pip install 'zipvl-compile[demo]'")
+pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo]'")
+
+from PIL import Image
+
+from zipvl_compile.demo import plots
+
+
+def test_kept_patches_keep_their_colour_and_dropped_ones_fade(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes))
+    red = Image.new("RGB", (8, 8), "red")
+    # Image tokens 1 to 4 are a 2 x 2 grid; token 0 and tokens 5, 6 are text.
+    plots.draw_kept_patches(tmp_path / "x.png", red, {0: torch.tensor([0, 2, 6])}, torch.arange(1, 5), (2, 2), 7)
+    panel = drawn[1].images[0].get_array()
+    height, width = panel.shape[0] // 2, panel.shape[1] // 2
+    corners = {(row, column): panel[row * height, column * width] for row in (0, 1) for column in (0, 1)}
+    assert [place for place, colour in corners.items() if tuple(colour) == (1, 0, 0)] == [(0, 1)]
+    assert "kept 1 of 4 patches" in drawn[1].get_title() and "3 of 7 tokens (43%)" in drawn[1].get_title()
+
+
+def test_strips_where_the_grid_is_not_known(tmp_path):
+    path = tmp_path / "strips.png"
+    kept = {layer: torch.arange(0, 50, layer + 1) for layer in (0, 2)}
+    plots.draw_kept_strips(path, Image.new("RGB", (20, 10)), kept, 50, "title")
+    assert Image.open(path).size[0] > 400

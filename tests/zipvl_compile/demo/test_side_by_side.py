@@ -1,0 +1,81 @@
+"""The demo on a tiny untrained LLaVA: what it says of both models, and when it fails."""
+
+import io
+
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="an extra: pip install 'zipvl-compile[demo]'")
+pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo]'")
+
+from PIL import Image
+from rich.console import Console
+
+from zipvl_compile.demo import side_by_side as demo
+from zipvl_compile.demo.compare import Answer, Comparison
+from zipvl_compile.demo.side_by_side import Setup
+from zipvl_compile.demo.tiny_lvlm.evaluate import DemoQuestion
+
+
+@pytest.fixture
+def console():
+    return Console(width=80, record=True, file=io.StringIO())
+
+
+def test_only_what_is_not_the_default_is_an_option():
+    assert Setup().options == {"min_tokens": 0}
+    assert Setup(tau=0.9).options == {"min_tokens": 0, "tau": 0.9}
+
+
+def test_too_many_different_answers_are_a_failure(folder, tmp_path, monkeypatch, console):
+    monkeypatch.setattr(demo, "CHECKPOINT", folder)
+    monkeypatch.setattr(demo, "LEAST_AGREEMENT", 1.01)
+    assert demo.run_bundled(console, Setup(inner="eager", output=tmp_path / "demo.png"), questions=1) == 1
+    said = " ".join(console.export_text().split())
+    assert "FAILED: 0 of 1 answers differ" in said and '"inner": "eager"' in said
+    assert (tmp_path / "demo.png").exists()
+
+
+def test_without_the_trained_model_the_remedy_is_named(tmp_path, monkeypatch, console):
+    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    with pytest.raises(ValueError, match="make train"):
+        demo.run_bundled(console, Setup())
+
+
+def test_a_model_of_ones_own_is_measured_and_drawn(folder, picture, tmp_path, monkeypatch, console):
+    monkeypatch.setattr(demo, "REPEATS", 2)
+    setup = Setup(tau=1.0, inner="eager", output=tmp_path / "own.png")
+    image = Image.open(picture).convert("RGB")
+    assert demo.run_custom(console, setup, str(folder), image, "read all digits :", 3, "cpu") == 0
+    said = console.export_text()
+    assert "The answers are the same." in said and "Kept prompt tokens" in said and "100.0%" in said
+    assert Image.open(tmp_path / "own.png").size[0] > 0
+
+
+@pytest.mark.parametrize("grid", [(2, 2), None], ids=["patches", "strips"])
+def test_what_is_drawn_depends_on_whether_the_grid_is_known(monkeypatch, console, grid):
+    drawn = []
+    for name in ("draw_kept_patches", "draw_kept_strips"):
+        monkeypatch.setattr(demo, name, lambda *given, name=name: drawn.append((name, given)))
+    monkeypatch.setattr(demo, "patch_grid", lambda config, inputs: grid)
+    monkeypatch.setattr(demo, "image_positions", lambda config, inputs: torch.arange(1, 5))
+    monkeypatch.setattr(demo, "model_view", lambda processor, inputs, image: image)
+    answer = Answer("four", 7, [torch.tensor([0, 2]), None], 1, None, 1, 1, True)
+    model = torch.nn.Module()
+    model.config = None
+    demo._draw(console, Setup(), model, None, {}, Image.new("RGB", (4, 4)), "how many?", answer)
+    ((name, given),) = drawn
+    assert name == ("draw_kept_patches" if grid else "draw_kept_strips")
+    assert list(given[2]) == [0], "layers of another kind are left out"
+    assert given[-2] == 7 and "four" in given[-1]
+
+
+def test_examples_show_differences_first_and_one_of_each_kind():
+    def answered(text):
+        return Answer(text, 5, [], 1, None, 1, 1, True)
+
+    kinds = ["count", "count", "colour", "read"]
+    asked = [DemoQuestion(None, f"<image> q{i}", "right", kind) for i, kind in enumerate(kinds)]
+    dense, sparse = ([answered(text) for text in texts] for texts in ("aaab", "aaac"))
+    rows = demo._examples(asked, Comparison(dense, sparse))
+    assert rows == [("q3", "right", "b", "c"), ("q0", "right", "a", "a"), ("q2", "right", "a", "a")]

@@ -1,0 +1,59 @@
+"""The tables of the demo: what their rows say, within 80 columns."""
+
+import io
+
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="an extra: pip install 'zipvl-compile[demo]'")
+pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo]'")
+
+from rich.console import Console
+
+from zipvl_compile.demo import tables
+from zipvl_compile.demo.compare import Answer, Comparison
+
+
+def text(table):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def rows(table):
+    return [line.split() for line in text(table).splitlines()]
+
+
+def made(kept, first, later, used):
+    return Answer("x", 100, [torch.arange(n) for n in kept], first, later, used, 2 * used, True)
+
+
+RESULT = Comparison([made((100, 100), 0.2, 0.01, 4_000_000)], [made((40, 60), 0.1, None, 2_000)])
+
+
+def test_accuracy_per_kind_and_of_all():
+    found = rows(tables.accuracy(["a_b", "c", "a_b"], [True, True, False], [True, False, False], [True, False, True]))
+    assert ["a", "b", "2", "50.0%", "50.0%", "100.0%"] in found
+    assert ["c", "1", "100.0%", "0.0%", "0.0%"] in found
+    assert ["all", "3", "66.7%", "33.3%", "66.7%"] in found
+
+
+def test_kept_tokens_per_layer_and_their_mean():
+    found = rows(tables.kept(RESULT))
+    assert ["0", "40.0", "40.0%"] in found and ["1", "60.0", "60.0%"] in found and ["mean", "50.0", "50.0%"] in found
+
+
+def test_a_layer_of_another_kind_is_named():
+    other = Comparison(sparse=[Answer("x", 10, [None, torch.arange(5)], 1, None, 1, 1, True)])
+    assert "other cache" in text(tables.kept(other))
+
+
+def test_costs_with_their_ratios():
+    found = text(tables.costs(RESULT))
+    assert "4.0 MB" in found and "2.0 kB" in found and "200.0 ms" in found and "0.50" in found
+    assert "decode" not in found, "one of the two made no further token"
+
+
+def test_examples_fit_the_terminal():
+    found = text(tables.examples([("what ? " * 20, "7", "7", "8")]))
+    assert "right" in found and all(len(line) <= 80 for line in found.splitlines())

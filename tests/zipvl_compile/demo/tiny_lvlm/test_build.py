@@ -1,0 +1,56 @@
+"""The untrained parts: model, tokenizer, processor."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-learn")
+
+from zipvl_compile.demo.tiny_lvlm.batches import pixel_values
+from zipvl_compile.demo.tiny_lvlm.build import (
+    WORD_ID,
+    build_config,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    normalise,
+)
+from zipvl_compile.demo.tiny_lvlm.questions import BOS, UNKNOWN, VOCABULARY
+from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
+
+
+@pytest.mark.parametrize("source", ["saved", "built"])
+def test_processor_pixels_are_those_of_training(request, source):
+    rng = np.random.default_rng(4)
+    scenes = [draw_scene(rng, "held_out") for _ in range(3)]
+    images = [Image.fromarray(scene.image) for scene in scenes]
+    chosen = request.getfixturevalue("processor") if source == "saved" else build_processor()
+    pixels = chosen(images=images, text=["<image> read all digits :"] * 3, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, pixel_values(scenes), atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second, other = (build_model(seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_the_first_query_head_of_a_group_starts_as_its_key_head():
+    config = build_config().text_config
+    attention = build_model(0).model.language_model.layers[0].self_attn
+    keys = attention.k_proj.weight.unflatten(0, (config.num_key_value_heads, -1))
+    queries = attention.q_proj.weight.unflatten(0, (config.num_key_value_heads, -1, attention.head_dim))
+    assert torch.equal(queries[:, 0], keys) and not torch.equal(queries[:, 1], keys)
+
+
+def test_every_word_is_one_token():
+    tokenizer = build_tokenizer()
+    ids = tokenizer(" ".join(VOCABULARY), add_special_tokens=False)["input_ids"]
+    assert ids == [WORD_ID[word] for word in VOCABULARY]
+    assert tokenizer("read xyzzy")["input_ids"] == [WORD_ID[word] for word in (BOS, "read", UNKNOWN)]
+
+
+def test_pixels_are_centred():
+    images = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)
+    assert torch.allclose(normalise(images), torch.full((1, 3, 4, 4), (1 - 0.3) / 0.25))
