@@ -104,7 +104,8 @@ TABLE: dict[Target, Op] = {}
 NAMES: set[str] = set()
 # What aten, NumPy and single functions call an argument that has another name in the table.
 SYNONYMS = {"self": "input", "train": "training", "axis": "dim", "keepdims": "keepdim", "tensor": "input",
-            "split_size_or_sections": "split_size", "mat2": "other"}  # fmt: skip
+            "split_size_or_sections": "split_size", "mat2": "other", "axis0": "dim0", "axis1": "dim1",
+            "shape": "size"}  # fmt: skip
 _OPERATORS = {name.strip("_"): name for name in (
     "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lt", "matmul", "mod", "mul", "ne",
     "neg", "or_", "pow", "setitem", "sub", "truediv", "xor",
