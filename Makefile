@@ -43,7 +43,7 @@ gpu: $(GPU_SETUP)
 	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed
 
 gpu-tests: $(GPU_SETUP)
-	$(GPU_PYTHON) -m pytest -q tests/gpu
+	$(GPU_PYTHON) -m pytest -q -m gpu tests
 gpu-kernels: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest -q -s benchmarks/test_gpu_kernels.py
 gpu-prefill: $(GPU_SETUP)

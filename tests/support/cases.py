@@ -64,12 +64,21 @@ def mask(name: str, batch: int, heads: int, n: int, dtype=torch.float64) -> torc
     return additive
 
 
+def choose(batch: int, groups: int, n: int, p: int, seed: int = 0, newest: bool = False) -> torch.Tensor:
+    """Return p ascending positions of n tokens, int64 `[batch, groups, p]`, the last always among them if `newest`."""
+    draw = torch.rand(batch, groups, n, generator=torch.Generator().manual_seed(seed))
+    if newest:
+        draw[..., -1] = -1
+    return draw.argsort(-1)[..., :p].sort(-1).values
+
+
 def plain_weights(q, k, mask=None, is_causal=True, scale=None):
     """Return softmax attention weights `[B, Hq, m, n]` in the dtype of `q`, in plain PyTorch."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+        shown = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~shown, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, -1).nan_to_num(0.0)

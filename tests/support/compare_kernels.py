@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from support.cases import assert_as_accurate, mask, qkv
+from support.implementations import NARROW, Implementation
 
 # name: batch, heads, n, p, head_dim, value head_dim, mask. Each size, width, GQA factor and mask at least once.
 SHAPES = {
@@ -24,7 +25,13 @@ SHAPES = {
     "n1025": (1, "gqa4", 1025, 400, 80, 80, "none"),
     "head-256": (1, "mqa", 63, 31, 256, 256, "none"),
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGE = {  # batch, heads, n, head_dim, padded: for GPUs
+    "4k": (1, (8, 8), 4096, 128, False),
+    "4k-gqa": (2, (16, 4), 4096, 64, True),
+    "9k-odd": (1, (4, 2), 9001, 80, False),
+}
+DTYPES = NARROW
+KERNELS = ("triton", "auto", "torch")
 
 
 def inputs(name: str, dtype: torch.dtype, seed: int = 0):
@@ -47,19 +54,29 @@ def exactly(x):
     return x.double().masked_fill(x <= torch.finfo(x.dtype).min / 2, -torch.inf)
 
 
-def check(operator: Callable[..., torch.Tensor], *tensors, unit: float = 1.0, where=None, **options) -> torch.Tensor:
-    """Assert that the kernel errs at most twice as much as PyTorch in its dtype, plus the floor; return its result.
+def compare(got, plain, exact, *, unit: float = 1.0, where=None, zeros: bool = True) -> None:
+    """Assert that `got` errs at most twice as much as `plain`, PyTorch in the same dtype, plus the floor of the dtype.
 
     Args:
         where: rows to compare; a query that sees nothing has no defined result in PyTorch.
+        zeros: the other rows must be zeros.
     """
-    got = operator(*tensors, kernel="triton", **options)
-    exact = operator(*map(exactly, tensors), kernel="torch", **options)
-    plain = operator(*tensors, kernel="torch", **options)
     assert not got.isnan().any(), "not written, or not defined"
     if where is not None:
-        exact, plain = exact.masked_fill(~where, 0), plain.masked_fill(~where, 0)
-        assert not got.masked_select((~where).expand_as(got)).any(), "a query that sees nothing gets zeros"
+        if zeros:
+            assert not got.masked_select((~where).expand_as(got)).any(), "a query that sees nothing gets zeros"
+        got, plain, exact = (x.masked_fill(~where, 0) for x in (got, plain, exact))
     # The interpreter cuts bf16 and fp16 off instead of rounding them: one more unit in the last place.
     assert_as_accurate(got, plain, exact, unit=unit)
+
+
+def check(
+    implementation: Implementation, operator: Callable[..., torch.Tensor], *tensors, kernel: str = "triton",
+    unit: float = 1.0, where=None, zeros: bool = True, **options,
+) -> torch.Tensor:  # fmt: skip
+    """Compare a kernel with PyTorch, see `compare`; return its result."""
+    got = implementation.run(operator, *tensors, kernel=kernel, **options)
+    exact = operator(*map(exactly, tensors), kernel="torch", **options)
+    plain = implementation.run(operator, *tensors, kernel="torch", **options)
+    compare(got, plain, exact, unit=unit, where=where, zeros=zeros)
     return got

@@ -1,12 +1,20 @@
-"""torch.library.opcheck: schema, autograd registration, fake implementation and dynamic shapes of every operator."""
+"""Every operator: that it is registered, and torch.library.opcheck of its schema, fake and dynamic shapes."""
+
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.ir import FallbackKernel
 from torch.library import opcheck
 
-from zipvl_compile.kernels import ops as _ops  # noqa: F401  (registers the operators)
+from zipvl_compile.kernels.ops import OPERATORS
 
 ops = torch.ops.zipvl
+TESTS = Path(__file__).parent
+KERNELS = TESTS.parents[1] / "kernels"
+SOURCES = sorted(path.relative_to(KERNELS) for path in KERNELS.rglob("*.py"))
+REGISTRATIONS = ("torch.library.custom_op(", "torch.library.triton_op(", "torch.library.define(")
 ALL = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
 
 
@@ -20,6 +28,39 @@ def tensors(dtype=torch.float32):
     positions = torch.tensor([[[0, 3, 9]], [[1, 2, 9]]])
     mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
     return q, k, v, positions, mask
+
+
+def registered():
+    """Return the schema of every operator of this package."""
+    schemas = torch._C._jit_get_all_schemas()
+    return {schema.name.removeprefix("zipvl::"): schema for schema in schemas if schema.name.startswith("zipvl::")}
+
+
+def test_every_file_that_registers_an_operator_is_listed():
+    registering = {path.stem for path in SOURCES if any(call in (KERNELS / path).read_text() for call in REGISTRATIONS)}
+    assert registering == set(OPERATORS) and list(OPERATORS) == sorted(OPERATORS)
+    assert all(name in registered() for name in OPERATORS if name != "probe_rows")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_every_file_has_tests_of_its_name(source):
+    tests = TESTS / source.parent / f"test_{source.name}"
+    package = ".".join(["zipvl_compile.kernels", *source.parent.parts])
+    imported = (f"from {package}.{source.stem} import ", f"from {package} import {source.stem}")
+    assert tests.exists() and any(line.startswith(imported) for line in tests.read_text().splitlines())
+
+
+def test_no_argument_has_a_name_that_inductor_uses_itself():
+    reserved = set(inspect.signature(FallbackKernel.create.__func__).parameters) - {"args", "kwargs"}
+    assert "kernel" in reserved
+    for name, schema in registered().items():
+        assert reserved.isdisjoint(argument.name for argument in schema.arguments), name
+
+
+def test_the_operators_have_the_names_of_the_options():
+    names = {argument.name for schema in registered().values() for argument in schema.arguments}
+    assert {"tau", "keep_ratio", "recent_probes", "random_probes", "seed", "keep_recent", "queries", "kernel_"} <= names
+    assert names.isdisjoint({"recent", "random", "all_queries", "use", "prompt"})
 
 
 softcaps = pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
@@ -81,18 +122,8 @@ def test_gather_tokens(dtype):
 def test_sparse_attention(masked, queries, softcap):
     q, k, v, positions, mask = tensors()
     keys, values = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
-    check(
-        ops.sparse_attention.default,
-        q,
-        keys,
-        values,
-        positions,
-        mask if masked else None,
-        not masked,
-        0.3,
-        softcap,
-        queries,
-    )
+    given = (q, keys, values, positions, mask if masked else None, not masked, 0.3, softcap, queries)
+    check(ops.sparse_attention.default, *given)
 
 
 def test_append_tokens():
@@ -113,3 +144,31 @@ def test_decode_attention(masked, m, softcap):
 def test_kv_view():
     _, k, *_ = tensors()
     check(ops.kv_view.default, k, ops.token_positions(k[:, :, :8]), 8, 9)
+
+
+def test_with_room():
+    check(ops.with_room.default, tensors()[1], 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_token_scores_torch(masked, groups):
+    q, k, _, _, mask = tensors(torch.float64)
+    check(ops.token_scores_torch.default, q, k, mask if masked else None, not masked, 0.3, None, 4, 3, 0, groups)
+
+
+def test_append_tokens_torch():
+    _, k, v, _, _ = tensors()
+    keys, values = torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 6)
+    check(ops.append_tokens_torch.default, keys, values, k[:, :, :3], v[:, :, :3], 5)
+
+
+def test_decode_attention_torch():
+    q, k, v, positions, _ = tensors()
+    new = q[:, :, :1].contiguous()
+    check(ops.decode_attention_torch.default, new, k, v, positions, 10, 17, None, 0.3, None)
+
+
+def test_every_operator_is_checked():
+    checked = Path(__file__).read_text()
+    assert [name for name in registered() if f"ops.{name}.default" not in checked] == []

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.implementations import triton_only
 
 from zipvl_compile.kernels.append_tokens import append_tokens
 from zipvl_compile.kernels.decode_attention import decode_attention
-from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.gather_tokens import gather_kv
 from zipvl_compile.kernels.probe_rows import probe_rows
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
@@ -18,12 +19,12 @@ from zipvl_compile.kernels.token_scores import token_scores
 PROBES = {"recent_probes": 12, "random_probes": 12, "seed": 4}
 
 
-def prefill(q, k, v, mask=None, is_causal=True, queries="selected", groups=1, **selection):
+def prefill(q, k, v, mask=None, is_causal=True, queries="selected", groups=1, kernel="torch", **selection):
     """Return output, kept keys, kept values and positions, by the operators."""
-    scores, visible = token_scores(q, k, mask, is_causal=is_causal, groups=groups, **PROBES)
-    positions = select_tokens(scores, visible, **selection)
-    keys, values = gather_tokens(k, positions, 4), gather_tokens(v, positions, 4)
-    out = sparse_attention(q, keys, values, positions, mask, is_causal=is_causal, queries=queries)
+    scores, visible = token_scores(q, k, mask, is_causal=is_causal, groups=groups, kernel=kernel, **PROBES)
+    positions = select_tokens(scores, visible, kernel=kernel, **selection)
+    keys, values = gather_kv(k, v, positions, 4, kernel)
+    out = sparse_attention(q, keys, values, positions, mask, is_causal=is_causal, queries=queries, kernel=kernel)
     return out, keys, values, positions
 
 
@@ -62,6 +63,22 @@ def test_prefill(paper, cases, mask, selection, groups, queries):
             kept = expected[b, h * groups // 2]
             assert torch.equal(keys[b, h, : len(kept)], k[b, h, kept])
             assert torch.equal(values[b, h, : len(kept)], v[b, h, kept])
+
+
+@pytest.mark.parametrize("queries", ["selected", "all"])
+@pytest.mark.parametrize("mask", ["none", "left-padding", "additive-inf"])
+@triton_only
+def test_prefill_by_the_kernels(implementation, paper, cases, mask, queries):
+    q, k, v = cases.qkv(batch=2, n=41, dim=8, value_dim=6, dtype=torch.float32, seed=1)
+    mask_ = cases.mask(mask, 2, 8, 41, torch.float32)
+    options = {"is_causal": mask == "none", "queries": queries}
+    out, keys, values, positions = implementation.run(prefill, q, k, v, mask_, tau=0.9, **options)
+    expected = by_the_paper(paper, q, k, v, mask_, tau=0.9, **options)[1]
+    assert np.array_equal(positions.numpy(), expected) and positions.shape[2] < 41
+    exact = paper.attention(q, k, v, positions, mask=mask_, **options)
+    np.testing.assert_allclose(out.numpy(), exact, rtol=1e-5, atol=1e-5)
+    for x, kept in ((k, keys), (v, values)):
+        assert all(torch.equal(kept[b, :, : positions.shape[2]], x[b][:, positions[b, 0]]) for b in range(2))
 
 
 @pytest.mark.parametrize("mask", ["none", "left-padding"])

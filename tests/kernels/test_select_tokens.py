@@ -1,4 +1,4 @@
-"""select_tokens against the float64 model: how many tokens, which ones, in which order."""
+"""select_tokens against the float64 model: how many tokens, which ones, in which order; the kernels bit for bit."""
 
 import math
 
@@ -7,11 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.compare_kernels import KERNELS
+from support.implementations import gpu_only, triton_only
 
+from zipvl_compile.kernels import select_tokens as module
 from zipvl_compile.kernels.select_tokens import kept_count, select_tokens
 from zipvl_compile.kernels.token_scores import token_scores
 
 TAUS = [0.5, 0.9, 0.975, 1.0]
+RULES = ({"tau": 0.5, "keep_recent": 5}, {"tau": 0.975}, {"keep_ratio": 0.3}, {"keep_ratio": 1e-6, "keep_recent": 3})
 
 
 def scores(*rows, visible=None):
@@ -19,6 +23,29 @@ def scores(*rows, visible=None):
     accumulated = torch.tensor(rows, dtype=torch.float64).unsqueeze(1)
     seen = torch.ones_like(accumulated[:, 0]) if visible is None else torch.tensor(visible, dtype=torch.float64)
     return accumulated, seen
+
+
+def drawn(n, batch=2, groups=1, seed=0, levels=0):
+    """Return skewed scores with some tokens that nobody sees; `levels` makes ties."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(batch, groups, n, generator=generator) ** 6
+    seen = torch.randint(0, 5, (batch, n), generator=generator).float()
+    x = x * (seen > 0).unsqueeze(1)
+    return ((x * levels).round() / levels if levels else x), seen
+
+
+def select(implementation, accumulated, visible, **options):
+    """Return a selection from scores in the finest dtype that the implementation takes."""
+    return implementation.run(
+        select_tokens, accumulated.to(implementation.finest), visible.to(implementation.finest), **options
+    )
+
+
+def same(implementation, accumulated, visible, **options):
+    """Assert that a kernel selects what sorting selects; return it."""
+    got = implementation.run(select_tokens, accumulated, visible, **options)
+    assert torch.equal(got, select_tokens(accumulated, visible, **options | {"kernel": "torch"}))
+    return got
 
 
 def check(paper, accumulated, visible, **options):
@@ -59,82 +86,140 @@ def test_selection_per_kv_head(paper, cases, dtype):
     assert kept.shape[1] == 2 and not torch.equal(kept[:, 0], kept[:, 1])
 
 
-def test_p_is_the_largest_need_of_the_batch():
+def test_p_is_the_largest_need_of_the_batch(implementation):
     even, peaked = [1.0] * 8, [8.0] + [0.0] * 7
-    assert select_tokens(*scores(peaked), tau=0.5).shape == (1, 1, 1)
-    assert select_tokens(*scores(even, peaked), tau=0.5).shape == (2, 1, 4)
-    assert select_tokens(*scores(peaked, even), tau=0.5).shape == (2, 1, 4)
+    assert select(implementation, *scores(peaked), tau=0.5).shape == (1, 1, 1)
+    assert select(implementation, *scores(even, peaked), tau=0.5).shape == (2, 1, 4)
+    assert select(implementation, *scores(peaked, even), tau=0.5).shape == (2, 1, 4)
 
 
-def test_ties_go_to_the_lower_position():
-    assert select_tokens(*scores([1.0] * 8), tau=0.5).tolist() == [[[0, 1, 2, 7]]]
+def test_ties_go_to_the_lower_position(implementation):
+    assert select(implementation, *scores([1.0] * 8), tau=0.5).tolist() == [[[0, 1, 2, 7]]]
 
 
-def test_reaching_tau_exactly_is_enough():
-    assert select_tokens(*scores([4.0, 2.0, 1.0, 1.0]), tau=0.75).shape[2] == 2
-    assert select_tokens(*scores([4.0, 2.0, 1.0, 1.0]), tau=0.7501).shape[2] == 3
+def test_reaching_tau_exactly_is_enough(implementation):
+    assert select(implementation, *scores([4.0, 2.0, 1.0, 1.0]), tau=0.75).shape[2] == 2
+    assert select(implementation, *scores([4.0, 2.0, 1.0, 1.0]), tau=0.7501).shape[2] == 3
 
 
-def test_normalised_score_ranks_and_accumulated_score_counts():
+def test_normalised_score_ranks_and_accumulated_score_counts(implementation):
     accumulated, visible = scores([5.0, 3.0, 1.0], visible=[[9.0, 3.0, 1.0]])
-    assert select_tokens(accumulated, visible, tau=0.8).tolist() == [[[1, 2]]]
+    assert select(implementation, accumulated, visible, tau=0.8).tolist() == [[[1, 2]]]
 
 
-def test_invisible_token_comes_last():
+def test_invisible_token_comes_last(implementation):
     accumulated, visible = scores([0.0, 1.0, 1.0, 1.0], visible=[[0.0, 3.0, 2.0, 1.0]])
-    assert select_tokens(accumulated, visible, keep_ratio=0.75).tolist() == [[[1, 2, 3]]]
+    assert select(implementation, accumulated, visible, keep_ratio=0.75).tolist() == [[[1, 2, 3]]]
 
 
-def test_newest_tokens_are_kept_whatever_they_score():
-    assert select_tokens(*scores([1.0] + [0.0] * 7), tau=0.9).tolist() == [[[7]]]
-    assert select_tokens(*scores([1.0] + [0.0] * 7), tau=0.9, keep_recent=3).tolist() == [[[5, 6, 7]]]
+def test_newest_tokens_are_kept_whatever_they_score(implementation):
+    assert select(implementation, *scores([1.0] + [0.0] * 7), tau=0.9).tolist() == [[[7]]]
+    assert select(implementation, *scores([1.0] + [0.0] * 7), tau=0.9, keep_recent=3).tolist() == [[[5, 6, 7]]]
 
 
-def test_newest_token_of_a_right_padded_sample_is_its_last_real_one():
+def test_newest_token_of_a_right_padded_sample_is_its_last_real_one(implementation):
     accumulated, visible = scores([9.0, 1.0, 0.0, 0.0, 0.0], visible=[[5.0, 4.0, 3.0, 0.0, 0.0]])
-    assert select_tokens(accumulated, visible, tau=0.95).tolist() == [[[0, 2]]]
+    assert select(implementation, accumulated, visible, tau=0.95).tolist() == [[[0, 2]]]
 
 
-def test_a_budget_below_keep_recent_still_keeps_the_newest_tokens():
-    kept = select_tokens(*scores([1.0] * 10), keep_ratio=0.1, keep_recent=5)
+def test_a_budget_below_keep_recent_still_keeps_the_newest_tokens(implementation):
+    kept = select(implementation, *scores([1.0] * 10), keep_ratio=0.1, keep_recent=5)
     assert kept.tolist() == [[[5, 6, 7, 8, 9]]]
 
 
 @pytest.mark.parametrize("rule", [{"tau": 0.95}, {"keep_ratio": 3 / 200}], ids=str)
-def test_protected_tokens_come_on_top_of_p(rule):
+def test_protected_tokens_come_on_top_of_p(implementation, rule):
     row = [2 / 197] * 200
     row[0], row[50], row[100] = 60.0, 30.0, 8.0  # an attention sink, and two tokens that matter
-    assert select_tokens(*scores(row), **rule).tolist() == [[[0, 50, 199]]]
-    assert select_tokens(*scores(row), keep_recent=64, **rule).tolist() == [[[0, 50, *range(136, 200)]]]
+    assert select(implementation, *scores(row), **rule).tolist() == [[[0, 50, 199]]]
+    assert select(implementation, *scores(row), keep_recent=64, **rule).tolist() == [[[0, 50, *range(136, 200)]]]
 
 
-def test_keep_recent_longer_than_the_prompt_keeps_everything():
-    assert select_tokens(*scores([1.0] * 4), tau=0.5, keep_recent=50).tolist() == [[[0, 1, 2, 3]]]
+def test_keep_recent_longer_than_the_prompt_keeps_everything(implementation):
+    assert select(implementation, *scores([1.0] * 4), tau=0.5, keep_recent=50).tolist() == [[[0, 1, 2, 3]]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_score_keeps_every_token(bad):
+def test_a_non_finite_score_keeps_every_token(implementation, bad):
     accumulated, visible = scores([5.0, bad, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0])
-    assert select_tokens(accumulated, visible, tau=0.5).tolist() == [[[0, 1, 2, 3]]] * 2
+    assert select(implementation, accumulated, visible, tau=0.5).tolist() == [[[0, 1, 2, 3]]] * 2
 
 
-def test_a_sample_of_padding_only_follows_the_others():
+def test_a_sample_of_padding_only_follows_the_others(implementation):
     accumulated, visible = scores([4.0, 4.0, 0.0, 0.0], [0.0] * 4, visible=[[4.0, 3.0, 2.0, 1.0], [0.0] * 4])
-    assert select_tokens(accumulated, visible, tau=0.9).tolist() == [[[1, 3]], [[0, 1]]]
+    assert select(implementation, accumulated, visible, tau=0.9).tolist() == [[[1, 3]], [[0, 1]]]
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 1.0}, {"keep_ratio": 0.5}], ids=str)
 @pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)], ids=["no-sample", "no-token"])
-def test_empty_scores(batch, n, options):
-    kept = select_tokens(torch.zeros(batch, 1, n), torch.zeros(batch, n), **options)
+def test_empty_scores(implementation, batch, n, options):
+    kept = select(implementation, torch.zeros(batch, 1, n), torch.zeros(batch, n), **options)
     assert kept.shape[:2] == (batch, 1) and kept.dtype == torch.int64 and kept.shape[2] <= n
 
 
-def test_inputs_stay_as_they_are():
-    accumulated, visible = scores([5.0, 3.0, 1.0], visible=[[9.0, 3.0, 1.0]])
-    copies = accumulated.clone(), visible.clone()
-    select_tokens(accumulated, visible, tau=0.5)
-    assert torch.equal(accumulated, copies[0]) and torch.equal(visible, copies[1])
+def test_inputs_stay_as_they_are(implementation):
+    given_ = scores([5.0, 3.0, 1.0], visible=[[9.0, 3.0, 1.0]])
+    given_ = implementation.given(*(x.to(implementation.finest) for x in given_))
+    copies = [x.clone() for x in given_]
+    select_tokens(*given_, tau=0.5, kernel=implementation.kernel)
+    assert all(torch.equal(x, copy) for x, copy in zip(given_, copies, strict=True))
+
+
+@pytest.mark.parametrize("tile", [64, 16384], ids=["many-tiles", "one-tile"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 63, 500, 1025])
+@triton_only
+def test_every_size(implementation, monkeypatch, n, rule, tile):
+    monkeypatch.setattr(module, "MAX_BLOCK", tile)
+    same(implementation, *drawn(n), **rule)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 50])
+@triton_only
+def test_ties_of_many_tokens(implementation, levels):
+    for rule in RULES:
+        same(implementation, *drawn(300, levels=levels, seed=levels), **rule)
+
+
+@triton_only
+def test_a_selection_per_kv_head_and_another_for_every_sample(implementation):
+    kept = same(implementation, *drawn(200, batch=3, groups=4), tau=0.9)
+    assert kept.shape[:2] == (3, 4) and not torch.equal(kept[0, 0], kept[0, 1])
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_keeps_every_token(implementation, strange):
+    x, seen = drawn(70)
+    x[1, 0, 3] = strange
+    assert same(implementation, x, seen, tau=0.9).shape[2] == 70
+
+
+def test_no_attention_at_all_keeps_the_newest(implementation):
+    assert same(implementation, torch.zeros(1, 1, 9), torch.ones(1, 9), tau=0.9).tolist() == [[[8]]]
+
+
+def test_a_sum_that_meets_tau_exactly(implementation):
+    assert same(implementation, torch.full((1, 1, 8), 0.25), torch.ones(1, 8), tau=0.5).shape[2] == 4
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(n=st.integers(1, 200), tau=st.floats(0.01, 0.999), recent=st.integers(1, 9), levels=st.sampled_from([0, 2, 9]),
+       seed=st.integers(0, 999))  # fmt: skip
+@triton_only
+def test_any_scores(implementation, n, tau, recent, levels, seed):
+    same(implementation, *drawn(n, seed=seed, levels=levels), tau=tau, keep_recent=recent)
+
+
+@pytest.mark.parametrize("rule", [{"tau": 0.9}, {"tau": 0.5, "keep_recent": 9}, {"keep_ratio": 0.3}], ids=str)
+@pytest.mark.parametrize("n", [1, 63, 500, 1025, 16384, 50_000])
+@gpu_only
+def test_selection_is_the_same_on_every_device(implementation, n, rule):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.rand(2, 2, n, generator=generator) ** 6
+    seen = torch.randint(0, 5, (2, n), generator=generator).float()
+    for accumulated in (x, (x * 8).round() / 8):
+        for kernel in KERNELS:
+            same(implementation, accumulated, seen, kernel=kernel, **rule)
 
 
 numbers = st.lists(st.integers(0, 1000), min_size=1, max_size=40)

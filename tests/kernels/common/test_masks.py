@@ -5,9 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.kernels.common.masks import causal, take, visible
-from zipvl_compile.kernels.hiding_rows import hiding_rows
-from zipvl_compile.kernels.sparse_attention import sparse_attention
+from zipvl_compile.kernels.common.masks import causal, rows_that_see, seen, take, visible
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -51,17 +49,29 @@ def test_take_is_indexing_per_sample_and_head(mask_batch, mask_heads, rows, colu
             assert torch.equal(out[b, h], wide[b, h][i][:, j])
 
 
-def test_a_mask_that_hides_nothing_becomes_one_of_no_samples():
-    row = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    assert hiding_rows(row).shape == (0, 1, 1, 9)
-    row[1, 0, 0, :3] = False
-    copy = hiding_rows(row)
-    assert torch.equal(copy, row) and copy.data_ptr() != row.data_ptr()
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("one_row", [True, False])
+def test_rows_that_see_count_once_for_all_heads(is_causal, one_row):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 3, 1 if one_row else 6, 6, generator=generator) > 0.6
+    rows = torch.tensor([1, 2, 5])
+    got = rows_that_see(mask, rows, is_causal, 2, 6, torch.float32)
+    assert got.dtype == torch.float32
+    for b in range(2):
+        for j in range(6):
+            shown = [any(mask[b, h, 0 if one_row else i, j] for h in range(3)) for i in rows.tolist()]
+            expected = sum(x and (not is_causal or j <= i) for x, i in zip(shown, rows.tolist(), strict=True))
+            assert got[b, j] == expected
 
 
-def test_attention_reads_a_mask_of_no_samples_as_none():
-    q, k, v = torch.randn(3, 2, 2, 9, 4)
-    positions = torch.tensor([[[0, 3, 8]]]).repeat(2, 1, 1)
-    kept = k[:, :, [0, 3, 8]], v[:, :, [0, 3, 8]]
-    nothing = torch.ones(0, 1, 1, 9, dtype=torch.bool)
-    assert torch.equal(sparse_attention(q, *kept, positions, nothing), sparse_attention(q, *kept, positions))
+@pytest.mark.parametrize(("is_causal", "expected"), [(True, [3, 3, 2, 1, 1, 1]), (False, [3] * 6)])
+def test_rows_that_see_without_a_mask(is_causal, expected):
+    rows = torch.tensor([1, 2, 5])
+    assert rows_that_see(None, rows, is_causal, 2, 6, torch.float64).tolist() == [expected] * 2
+
+
+def test_seen_rows_of_a_shared_mask_are_still_causal():
+    mask = torch.tensor([True, False, True, True]).view(1, 1, 1, 4)
+    expected = [[True, False, False, False], [True, False, True, True]]
+    assert seen(mask, torch.tensor([0, 3]), True).tolist() == [[expected]]
+    assert seen(mask, torch.tensor([0, 3]), False).tolist() == [[[[True, False, True, True]] * 2]]
