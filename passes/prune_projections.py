@@ -215,8 +215,14 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
                 prune_demanded_queries(site)
     except Mixes as why:
         reasons["q"] = str(why)
-    if site.whole and (reason := prune_output(site, kept, query)):
-        reasons["output"] = reason
+    if site.whole:
+        try:
+            with undone_on_error(graph):
+                reason = prune_output(site, kept, query)
+        except Mixes as why:
+            reason = str(why)
+        if reason:
+            reasons["output"] = reason
     if cone is not None:
         cone.erase()
     return reasons

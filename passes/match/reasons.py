@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 
 class Why(Enum):
@@ -79,8 +80,9 @@ def fault(error: Exception) -> Reason:
     return Reason(Why.FAULT, f"zipvl failed on it ({type(error).__name__}: {text}): please report this")
 
 
-def dropout(p: float) -> Reason:
-    return Reason(Why.DROPOUT, f"attention dropout {p}: the model is training")
+def dropout(p: Any) -> Reason:
+    number = f" {p}" if isinstance(p, float) else ""  # a symbol says nothing to people
+    return Reason(Why.DROPOUT, f"attention dropout{number}: the model is training")
 
 
 def mask_shape(shape: list) -> Reason:

@@ -138,7 +138,11 @@ def example_size(node: Node, axis: int) -> Any:
 
 
 def copy_for_rows(nodes: dict[Node, Axes], rows: dict[Node, Node], count: Any, before: Node) -> dict[Node, Node]:
-    """Copy `nodes` before another, reading `rows` for what they replace, with `count` tokens on their token axes."""
+    """Copy `nodes` before another, reading `rows` for what they replace, with `count` tokens on their token axes.
+
+    Raises:
+        Mixes: an operation does not take that many tokens, as tensor subclasses do with a number nobody knows yet.
+    """
     new, sizes = dict(rows), sizes_of(nodes, rows)
     for node in sorted([*nodes, *sizes]):
         # A size stands for the new one where it names a size; a number that is computed with stays what it was.
@@ -147,7 +151,11 @@ def copy_for_rows(nodes: dict[Node, Axes], rows: dict[Node, Node], count: Any, b
             new[node] = before.graph.node_copy(node, lambda x, known=known: known.get(x, x))  # type: ignore[misc]
         if node in nodes:
             _resize(node, new[node], nodes[node].token, count)
-        propagate(new[node])
+        try:
+            propagate(new[node])
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            raise Mixes(f"{spelled(node)!r} cannot be computed for some tokens ({why})") from error
     return new
 
 

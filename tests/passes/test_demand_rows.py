@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from support.hidden_states import PROBES, RATIO, WIDTH, N, P, Stack, both, hidden_states, widths
 
+from zipvl_compile.passes import demand_rows
+
 HEAD = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 SOME = torch.tensor([19, 3, 4])
 
@@ -165,3 +167,19 @@ def test_a_tower_without_a_cache_is_left_alone(record):
 
     _, recorder = both(record, Tower(READS["slice"][0]), hidden_states(), **RATIO)
     assert len(recorder.demands) == 1
+
+
+def test_what_is_found_are_parts_of_hidden_states_below_an_attention(record):
+    _, recorder = record(Stack(READS["slice"][0]), hidden_states(), **RATIO)
+    (part,) = demand_rows.find(recorder.graphs[0])
+    assert part.index == demand_rows.LAST and part.hidden in part.reader.all_input_nodes
+
+
+def test_a_fault_of_ours_leaves_every_row_computed(record, monkeypatch):
+    def fail(*_):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(demand_rows, "computed_only_for", fail)
+    graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(), **RATIO)
+    assert "zipvl failed on it (KeyError: 'a fault of ours')" in recorder.demands[0].reason
+    assert widths(graph)["up"] == [N, N]

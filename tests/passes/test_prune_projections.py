@@ -21,7 +21,9 @@ from support.hidden_states import (
     widths,
 )
 
-from zipvl_compile.passes.graph.graph import example
+from zipvl_compile.passes import prune_projections
+from zipvl_compile.passes.graph.reading import example, is_op
+from zipvl_compile.passes.tokenwise import backward_slice
 
 ALL = ("q", "v", "output")
 
@@ -203,3 +205,27 @@ def test_where_every_token_is_kept_nothing_changes(record):
     _, pruned = record(layer(), x, tau=1.0, keep_ratio=None, prune=True)
     assert set(reasons(pruned).values()) == {"every token is kept"}
     assert len(plain.graphs[0].nodes) == len(pruned.graphs[0].nodes)
+
+
+def test_an_operation_that_does_not_take_some_tokens_is_computed_for_all(record, monkeypatch):
+    """As a linear whose weight is a tensor subclass, with an unbacked number of tokens: nothing half done is left."""
+    real = backward_slice.propagate
+
+    def fail(node):
+        if is_op(node, "linear"):
+            raise TypeError("an unbacked size meets a tensor subclass")
+        real(node)
+
+    monkeypatch.setattr(backward_slice, "propagate", fail)
+    graph, recorder = both(record, layer(), hidden_states(), **RATIO)
+    why = "'linear' cannot be computed for some tokens (TypeError: an unbacked size meets a tensor subclass)"
+    assert reasons(recorder) == dict.fromkeys(ALL, why)
+    assert widths(graph)["q"] == widths(graph)["o"] == [N]
+
+
+def test_what_surrounds_an_attention_is_read_from_the_graph(record):
+    _, recorder = record(Stack(), hidden_states(), **RATIO)
+    sites = recorder.sites[0].prefill
+    around = [prune_projections.Around(site.node) for site in sites]
+    assert all(one.whole and not one.all_attend and not prune_projections.refusal(one) for one in around)
+    assert all(one.scores.q is one.query and one.selection.keep_ratio == RATIO["keep_ratio"] for one in around)

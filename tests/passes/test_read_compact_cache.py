@@ -11,6 +11,7 @@ from support.recording import Noted
 from torch import nn
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.passes import read_compact_cache
 
 ops = torch.ops.zipvl
 PROMPT, KEPT = 20, torch.tensor([[[0, 3, 4, 11, 19]], [[1, 2, 7, 8, 19]]])
@@ -256,3 +257,23 @@ def test_a_view_that_something_else_reads_survives(record, modules):
     (_, total), recorder = record(Wrapped(also_summed), inputs[0], *full, EVERY)
     assert recorder.erased[0] == Counter({"zipvl.kv_view": 1, "scaled_dot_product_attention": 1})
     torch.testing.assert_close(total, k.sum())
+
+
+@pytest.mark.parametrize("broken", ["refusal", "four_axes"])
+def test_a_fault_of_ours_is_a_reason_and_the_view_stays(record, modules, monkeypatch, broken):
+    def fail(*_):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(read_compact_cache, broken, fail)
+    q, k, v = modules.qkv()
+    kept = torch.arange(20).repeat(2, 1, 1)
+
+    def decode(q, k, v, mask):
+        keys, values = ops.kv_view(k, kept, 20, 20), ops.kv_view(v, kept, 20, 20)
+        return modules.attend(q, keys, values, attn_mask=mask)
+
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    out, recorder = record(Wrapped(decode), q[:, :, :1], k, v, mask)
+    (noted,) = recorder.noted("decode")
+    assert "zipvl failed on it (KeyError: 'a fault of ours')" in noted.reason
+    torch.testing.assert_close(out, modules.attend(q[:, :, :1], k, v, attn_mask=mask))

@@ -10,6 +10,9 @@ from support.graph_modules import REPEATS, Wrapped
 from support.recording import Noted
 from torch import nn
 
+from zipvl_compile.passes import sparsify_prefill
+from zipvl_compile.passes.graph import graph as graph_edits
+
 ops = torch.ops.zipvl
 NAME = "(scaled_dot_product_attention)"
 ADDED = Counter(
@@ -547,3 +550,75 @@ def test_low_precision_keeps_its_dtype(record, modules, dtype):
     (out, keys, values, kept), _ = record(modules.Prefill(is_causal=True), q, k, v)
     assert out.dtype == keys.dtype == values.dtype == dtype and kept.dtype == torch.int64
     assert 0 < kept.shape[2] < 20
+
+
+def counting(asked, least=0):
+    """Return a cost model that notes which attention it was asked about."""
+
+    def min_tokens(shape, dtype, device):
+        asked.append((shape, dtype, device.type))
+        return least
+
+    return min_tokens
+
+
+def test_the_cost_model_is_asked_about_every_site_that_could_be_rewritten(record, modules):
+    asked = []
+    _, recorder = record(modules.Prefill(is_causal=True), *modules.qkv(), min_tokens=counting(asked))
+    (site,) = recorder.sites[0].prefill
+    assert site.rewritten and asked == [(site.shape, torch.float64, "cpu")]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_nothing_is_measured_and_nothing_guarded_for_a_site_that_stays_dense_anyway(record, modules, dynamic):
+    asked = []
+    q, k, v = modules.qkv()
+    module = modules.Packed(modules.Prefill(dropout_p=0.25, is_causal=True), q, k, v)
+    _, recorder = record(module, modules.pack(q, k, v), min_tokens=counting(asked, 32), dynamic=dynamic)
+    ((kind, reason),) = outcomes(recorder)
+    assert kind == "prefill" and reason.startswith("attention dropout") and not asked
+    q, k, v = modules.qkv(40)
+    recorder.compiled(modules.pack(q, k, v))
+    assert len(recorder.graphs) == (1 if dynamic else 2), "no guard on the length, no compile for another one"
+
+
+def test_further_readers_of_a_layer_are_not_measured(record, modules):
+    asked = []
+    _, recorder = record(SharedKV(modules, is_causal=True), *modules.qkv(), min_tokens=counting(asked))
+    assert [site.rewritten for site in recorder.sites[0].prefill] == [True, True] and len(asked) == 1
+
+
+@pytest.mark.parametrize("broken", ["select", "attend", "shape_of", "refusal"])
+def test_a_fault_of_ours_leaves_the_site_dense_with_a_reason(record, modules, monkeypatch, broken):
+    def fail(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(sparsify_prefill, broken, fail)
+    q, k, v = modules.qkv()
+    module = modules.Prefill(is_causal=True)
+    if broken == "attend":  # after the cache was compacted: the runner of the passes undoes the whole pass
+        with pytest.raises(Exception, match="a fault of ours"):
+            record(module, q, k, v)
+        return
+    (out, *_), recorder = record(module, q, k, v)
+    (noted,) = recorder.noted("prefill")
+    assert "zipvl failed on it (RuntimeError: a fault of ours)" in noted.reason
+    assert not recorder.added[0] and not recorder.erased[0]
+    torch.testing.assert_close(out, module(q, k, v)[0])
+
+
+def test_an_operator_whose_fake_fails_leaves_no_trace(record, modules, monkeypatch):
+    """What `propagate` raises in the middle of an insertion is undone."""
+    real = graph_edits.propagate
+
+    def fail(node):
+        if "gather_tokens" in str(node.target):
+            raise TypeError("an unbacked size meets a tensor subclass")
+        real(node)
+
+    monkeypatch.setattr(graph_edits, "propagate", fail)
+    inputs = modules.qkv()
+    (out, *_), recorder = record(modules.Prefill(is_causal=True), *inputs)
+    (noted,) = recorder.noted("prefill")
+    assert "an unbacked size meets a tensor subclass" in noted.reason and not recorder.added[0]
+    torch.testing.assert_close(out, modules.Prefill(is_causal=True)(*inputs)[0])
