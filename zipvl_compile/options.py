@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from zipvl_compile.dynamo import UserError, inductor_modes
+from zipvl_compile.passes.settings import Settings
 
 
 class OptionError(UserError):
@@ -62,18 +63,18 @@ class ZipVLOptions:
     Source: ZipVL (arXiv 2410.08584) for the defaults of `tau` and of the probes.
     """
 
-    tau: float = 0.975
-    keep_ratio: float | None = None
-    recent_probes: int = 64
-    random_probes: int = 64
-    seed: int = 0
-    keep_recent: int = 1
-    queries: str = "selected"
+    tau: float = Settings.tau
+    keep_ratio: float | None = Settings.keep_ratio
+    recent_probes: int = Settings.recent_probes
+    random_probes: int = Settings.random_probes
+    seed: int = Settings.seed
+    keep_recent: int = Settings.keep_recent
+    queries: str = Settings.queries
     groups: str = "layer"
-    evict: str = "drop"
+    evict: str = Settings.evict
     min_tokens: int | None = None
     inner: str = "inductor"
-    kernel: str = "auto"
+    kernel: str = Settings.kernel
     mode: str | None = None
 
     @classmethod
