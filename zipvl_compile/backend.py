@@ -24,6 +24,7 @@ from zipvl_compile.dynamo import (
     raise_recompile_limit,
     zipvl_backend,
 )
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.pipeline import rewrite, settings_of
@@ -96,7 +97,6 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
     once more for every layer that happened to keep equally many tokens twice.
     """
-    ops = torch.ops.zipvl
     kinds = (ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions)
     outputs = gm.graph.output_node().args[0]
     made_by = [node.args[0] if is_call(node, operator.getitem) else node for node in outputs]  # type: ignore

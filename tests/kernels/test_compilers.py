@@ -14,6 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses import FakeTensorMode
 from functorch.compile import make_boxed_func
 from triton.backends.compiler import GPUTarget
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.kernels import append_tokens, decode_attention, token_scores
 
 class Driver:  # Inductor asks which GPU there is, to see what a kernel writes
@@ -21,7 +22,6 @@ class Driver:  # Inductor asks which GPU there is, to see what a kernel writes
     get_current_device = staticmethod(lambda: 0)
 
 triton.runtime.driver.set_active(Driver())
-ops = torch.ops.zipvl
 
 class Step(torch.nn.Module):
     def forward(self, q, keys, values, k, v, positions, mask):

@@ -8,9 +8,8 @@ import torch
 from torch._inductor.ir import FallbackKernel
 from torch.library import opcheck
 
-from zipvl_compile.kernels.ops import OPERATORS
+from zipvl_compile.kernels.ops import OPERATORS, ops
 
-ops = torch.ops.zipvl
 TESTS = Path(__file__).parent
 KERNELS = TESTS.parents[1] / "kernels"
 SOURCES = sorted(path.relative_to(KERNELS) for path in KERNELS.rglob("*.py"))

@@ -5,10 +5,10 @@ import torch
 from support.graph_modules import rewritten
 from support.hidden_states import Stack, hidden_states, without_spare
 
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import keep_every_token
 from zipvl_compile.passes.graph.graph import calls
 
-ops = torch.ops.zipvl
 N = 20
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from support.graph_modules import SPARE, Packed, Wrapped, pack
 from support.recording import outcomes
 
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
 
-ops = torch.ops.zipvl
 HEADS, RANK, ROPE, VALUE = 4, 6, 2, 5
 GENERATOR = torch.Generator().manual_seed(5)
 UP = torch.randn(HEADS * (RANK + VALUE), RANK, generator=GENERATOR, dtype=torch.float64)

@@ -11,9 +11,9 @@ from support.recording import Noted
 from torch import nn
 
 from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import read_compact_cache
 
-ops = torch.ops.zipvl
 PROMPT, KEPT = 20, torch.tensor([[[0, 3, 4, 11, 19]], [[1, 2, 7, 8, 19]]])
 EVERY = torch.arange(PROMPT).repeat(2, 1, 1)
 NAME = "(scaled_dot_product_attention)"

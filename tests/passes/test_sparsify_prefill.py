@@ -13,7 +13,6 @@ from torch import nn
 from zipvl_compile.passes import sparsify_prefill
 from zipvl_compile.passes.graph import graph as graph_edits
 
-ops = torch.ops.zipvl
 NAME = "(scaled_dot_product_attention)"
 ADDED = Counter(
     {

@@ -8,10 +8,10 @@ from support.graph_modules import rewritten
 from support.hidden_states import Stack, hidden_states
 from support.mask_cases import CASES, PADDING
 
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls, example
 
-ops = torch.ops.zipvl
 N = PADDING.shape[1]
 CAUSAL = [name for name, (_, parts) in CASES.items() if "causal" in parts]
 OTHER = {

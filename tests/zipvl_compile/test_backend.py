@@ -13,11 +13,10 @@ from torch import nn
 import zipvl_compile.backend as module
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.dynamo import gradient_switches, is_zipvl
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls
 from zipvl_compile.report.compile_report import collect
-
-ops = torch.ops.zipvl
 
 
 class Small(nn.Module):

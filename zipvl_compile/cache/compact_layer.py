@@ -12,13 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager
 from zipvl_compile.dynamo import tracing_for_zipvl
-from zipvl_compile.kernels import append_tokens as _append  # noqa: F401  (registers the operators)
-from zipvl_compile.kernels import gather_tokens as _gather  # noqa: F401
-from zipvl_compile.kernels import token_positions as _positions  # noqa: F401
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
-
-ops = torch.ops.zipvl
+from zipvl_compile.kernels.ops import ops
 
 
 def spare_tokens(n: int) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.graph_modules import Wrapped, trace
 
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes.graph.op_calls import KVViewCall, TokenPositionsCall
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.cross_attention import is_cross_attention
@@ -43,7 +44,6 @@ def test_a_layer_that_something_else_reads_is_not_only_cached(modules):
 
 
 def test_views_of_the_cache_are_found_above_what_is_computed_from_them(modules):
-    ops = torch.ops.zipvl
 
     def decode(q, k, v, kept):
         keys, values = ops.kv_view(k, kept, 20, 20), ops.kv_view(v, kept, 20, 20)

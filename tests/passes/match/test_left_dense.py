@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from support.graph_modules import Wrapped
 from torch import nn
 
+from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes.match import left_dense
 
-ops = torch.ops.zipvl
 EAGER = (
     "not recognised as attention (nearest pattern: eager attention; first difference: the attention weights go through "
     "'relu' before the values): load the model with attn_implementation='sdpa'"

@@ -8,6 +8,8 @@ from support.graph_modules import Wrapped
 from support.recording import outcomes
 from torch import nn
 
+from zipvl_compile.kernels.ops import ops
+
 FORMS = pytest.mark.parametrize("form", eager_forms.FORMS, ids=lambda f: f.__name__)
 HIDDEN = torch.finfo(torch.float64).min
 
@@ -77,7 +79,6 @@ def test_tau_1_equals_the_form_itself(record, modules, form):
 def test_decode_is_rewritten(record, modules, paper, form):
     q, k, v = modules.qkv(n=24)
     kept = torch.tensor([[[0, 3, 4, 9, 19]], [[1, 2, 7, 11, 19]]])
-    ops = torch.ops.zipvl
     buffers = [torch.cat([ops.gather_tokens(x[:, :, :20], kept, 0), x[:, :, 20:], x[:, :, :3]], 2) for x in (k, v)]
 
     def decode(q, keys, values, kept, mask):
