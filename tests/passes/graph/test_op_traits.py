@@ -152,7 +152,7 @@ def test_only_pytorchs_own_objects_are_in_the_table():
         (torch.cumsum, "aten::cumsum", ()),
         (F.linear, "linear", ()), (F.gelu, "gelu", ()), (torch.functional.split, "split", ()),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "") or "",
 )  # fmt: skip
 def test_one_operation_in_every_spelling(target, name, writes):
     op = of_target(target)

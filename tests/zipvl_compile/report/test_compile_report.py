@@ -8,14 +8,17 @@ import pytest
 import torch
 
 import zipvl_compile
-from zipvl_compile.passes.match.outcome import PassReport, SiteOutcome
+from zipvl_compile.passes.match.outcome import SiteOutcome
+from zipvl_compile.passes.match.reasons import Reason, Why
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.pipeline import Rewritten
 from zipvl_compile.report import compile_report as module
-from zipvl_compile.report.compile_report import collect, recent_reports, record
+from zipvl_compile.report.compile_report import collect, recent_reports, record, record_training
 
 GRAPH = torch.fx.Graph()
 REWRITTEN = SiteOutcome("layers.0.attn", "prefill")
-ODD = SiteOutcome("layers.1.attn", "prefill", "its mask is odd")
-VISION = SiteOutcome("vision.attn", "other", "no KV cache", by_design=True)
+ODD = SiteOutcome("layers.1.attn", "prefill", Reason(Why.MASK_SHAPE, "its mask is odd"))
+VISION = SiteOutcome("vision.attn", "other", Reason(Why.ENCODER, "no KV cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +27,14 @@ def nothing_remembered(monkeypatch):
     module._recent.clear()
 
 
-def passes(*sites):
-    return [PassReport("first", list(sites[:1])), PassReport("second", list(sites[1:]))]
+def compiled(*outcomes, faults=None):
+    """Return what the pipeline made of a graph with these outcomes."""
+    return Rewritten(GRAPH, Sites(unread=list(outcomes)), {"match": 0.1}, faults or {})
 
 
 def test_sites_of_all_passes_are_listed_in_order():
     with pytest.warns(UserWarning, match="its mask is odd"):
-        report = record(passes(REWRITTEN, ODD, VISION), GRAPH)
+        report = record(compiled(REWRITTEN, ODD, VISION))
     assert report.sites == [REWRITTEN, ODD, VISION]
     assert report.rewritten == [REWRITTEN] and report.dense == [ODD, VISION]
     lines = str(report).splitlines()
@@ -39,20 +43,20 @@ def test_sites_of_all_passes_are_listed_in_order():
 
 def test_a_reason_warns_once_and_what_is_by_design_never():
     with pytest.warns(UserWarning, match=r"leaves layers\.1\.attn dense \(prefill\): its mask is odd") as given:
-        record(passes(ODD, ODD), GRAPH)
+        record(compiled(ODD, ODD))
     assert len(given) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        record(passes(ODD, VISION), GRAPH)
+        record(compiled(ODD, VISION))
 
 
 def test_reports_are_collected_inside_the_block_only_and_blocks_nest():
     with collect() as outer:
-        record(passes(REWRITTEN), GRAPH)
+        record(compiled(REWRITTEN))
         with collect() as inner:
-            record(passes(VISION), GRAPH)
-        empty = record([], GRAPH)
-    record(passes(REWRITTEN), GRAPH)
+            record(compiled(VISION))
+        empty = record(compiled())
+    record(compiled(REWRITTEN))
     assert [report.sites for report in outer] == [[REWRITTEN], [VISION], []] and outer[-1] is empty
     assert [report.sites for report in inner] == [[VISION]]
 
@@ -60,15 +64,31 @@ def test_reports_are_collected_inside_the_block_only_and_blocks_nest():
 def test_a_block_that_fails_collects_no_more():
     with pytest.raises(KeyError), collect() as reports:
         raise KeyError
-    record(passes(REWRITTEN), GRAPH)
+    record(compiled(REWRITTEN))
     assert reports == []
 
 
 def test_recent_reports_are_those_with_attention_and_not_endless(monkeypatch):
-    record([], GRAPH)
-    first = record(passes(REWRITTEN), GRAPH)
+    record(compiled())
+    first = record(compiled(REWRITTEN))
     assert recent_reports() == zipvl_compile.recent_reports() == [first]
     for _ in range(module._MAX_REPORTS):
-        last = record(passes(REWRITTEN), GRAPH)
+        last = record(compiled(REWRITTEN))
     assert len(recent_reports()) == module._MAX_REPORTS
     assert recent_reports()[-1] is last and recent_reports()[0] is not first
+
+
+def test_seconds_and_faults_of_passes_are_in_the_report():
+    report = record(compiled(REWRITTEN, faults={"prune_projections": "KeyError: 'x'"}))
+    assert report.seconds == {"match": 0.1} and "pass prune_projections failed: KeyError: 'x'" in str(report)
+
+
+def test_a_graph_that_is_differentiated_names_every_attention_of_it():
+    graph = torch.fx.Graph()
+    q = graph.placeholder("q")
+    q.meta["example_value"] = torch.zeros(1, 2, 3, 4)
+    attention = graph.call_function(torch.nn.functional.scaled_dot_product_attention, (q, q, q))
+    graph.output(attention)
+    with pytest.warns(UserWarning, match="gradients are needed"):
+        (site,) = record_training(graph).sites
+    assert site.reason is module.GRADIENTS and not site.rewritten

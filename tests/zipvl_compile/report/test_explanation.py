@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.report.explanation import ExplainedSite, Explanation
 
 LAYER = "model.language_model.layers.{}.self_attn"
 ROWS = [
-    ExplainedSite(LAYER.format(0), "prefill", "", 15, 60, pruned="q, v"),
-    ExplainedSite(LAYER.format(1), "prefill", "its mask is odd", 60, 60),
-    ExplainedSite(LAYER.format(0), "decode", "", None, 60),
-    ExplainedSite("model.vision.layers.0.self_attn", "other", "no KV cache", None, 60, True),
+    ExplainedSite(LAYER.format(0), "prefill", None, 15, 60, pruned="q, v"),
+    ExplainedSite(LAYER.format(1), "prefill", Reason(Why.MASK_SHAPE, "its mask is odd"), 60, 60),
+    ExplainedSite(LAYER.format(0), "decode", None, None, 60),
+    ExplainedSite("model.vision.layers.0.self_attn", "other", Reason(Why.ENCODER, "no KV cache"), None, 60),
 ]
 EXPLAINED = Explanation(ROWS, 60, ["A note."])
 
