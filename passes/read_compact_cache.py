@@ -69,7 +69,10 @@ def rewrite(attention: Attention) -> Node:
         latents = TokenRows(nodes).cone((attention.key, attention.value))
         keys, values = _computed_again(latents, attention, views[0])
         call = replace(call, keys=keys, values=values)
-    out = call.insert(attention.node)
+    out = replace(
+        call, q=attention.in_its_dtype(call.q), keys=attention.in_its_dtype(call.keys),
+        values=attention.in_its_dtype(call.values),
+    ).insert(attention.node)  # fmt: skip
     attention.replace_with(out)
     if latents is not None:
         latents.erase()

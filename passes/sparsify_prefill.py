@@ -27,6 +27,7 @@ others attend among the same kept tokens, since the cache will hold no others wh
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -139,9 +140,9 @@ def select(attention: Attention, layer: Node, masks: CanonicalMasks, settings: S
     """Insert scoring, selection and compaction before the attention; the cache keeps the kept tokens."""
     node, (rows, is_causal) = attention.node, masks.insert(attention)
     scores = TokenScoresCall(
-        q=attention.query, k=attention.key, mask=rows, is_causal=is_causal, scale=attention.scale,
-        softcap=attention.softcap, recent_probes=settings.recent_probes, random_probes=settings.random_probes,
-        seed=settings.seed, groups=1,
+        q=attention.query, k=attention.in_its_dtype(attention.key), mask=rows, is_causal=is_causal,
+        scale=attention.scale, softcap=attention.softcap, recent_probes=settings.recent_probes,
+        random_probes=settings.random_probes, seed=settings.seed, groups=1,
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
     positions = SelectTokensCall(
@@ -155,7 +156,7 @@ def select(attention: Attention, layer: Node, masks: CanonicalMasks, settings: S
     ]  # fmt: skip
     new = {old.x: gather for old, gather in zip(gathers, compact, strict=False)}
     keys, values = (
-        new.get(x) or GatherTokensCall(x=x, positions=positions, spare=0).insert(node)
+        attention.in_its_dtype(new.get(x) or GatherTokensCall(x=x, positions=positions, spare=0).insert(node))
         for x in (attention.key, attention.value)
     )
     if compact:
@@ -209,9 +210,12 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
             site.reason = reason_to_stay(site, owner, first, settings)
             if site.reason is None:
                 with undone_on_error(graph):
+                    attention = dataclasses.replace(
+                        site.attention, query=site.attention.in_its_dtype(site.attention.query)
+                    )
                     if owner is None:
-                        owner = site.attention, select(site.attention, site.layer, sites.masks, settings)
-                    site.node = attend(site.attention, owner[1], sites.masks, settings)
+                        owner = attention, select(attention, site.layer, sites.masks, settings)
+                    site.node = attend(attention, owner[1], sites.masks, settings)
                     site.rewritten = True
         except Exception as error:  # a fault of ours must not break the user's compile
             if site.layer._erased and first:  # too late to undo it here

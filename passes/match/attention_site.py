@@ -73,6 +73,11 @@ class Attention:
         """Return whether there are as many queries as keys."""
         return statically_known_true(example(self.query).shape[2] == example(self.key).shape[2])
 
+    def in_its_dtype(self, x: Node) -> Node:
+        """Return an input in the dtype that the attention computes in, which under autocast is not its own."""
+        dtype = example(self.node).dtype
+        return x if example(x).dtype == dtype else insert_call(self.node, torch.ops.aten.to.dtype, (x, dtype))
+
     def replace_with(self, out: Node) -> Node:
         """Put `out [B, Hq, m, Dv]` in the place of the attention and erase what only the attention used.
 

@@ -277,3 +277,18 @@ def test_a_fault_of_ours_is_a_reason_and_the_view_stays(record, modules, monkeyp
     (noted,) = recorder.noted("decode")
     assert "zipvl failed on it (KeyError: 'a fault of ours')" in noted.reason
     torch.testing.assert_close(out, modules.attend(q[:, :, :1], k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decoding_under_autocast_computes_in_its_dtype(record, modules, dtype):
+    q, k, v = (x.float() for x in modules.qkv())
+    kept = torch.arange(20).repeat(2, 1, 1)
+
+    def decode(q, k, v):
+        with torch.autocast("cpu", dtype=dtype):
+            keys, values = ops.kv_view(k, kept, 20, 20), ops.kv_view(v.to(dtype), kept, 20, 20)
+            return modules.attend(q, keys, values)
+
+    out, recorder = record(Wrapped(decode), q[:, :, :1], k, v)
+    assert recorder.sites[0].decode[0].rewritten and out.dtype == dtype
+    torch.testing.assert_close(out, decode(q[:, :, :1], k, v))

@@ -621,3 +621,27 @@ def test_an_operator_whose_fake_fails_leaves_no_trace(record, modules, monkeypat
     (noted,) = recorder.noted("prefill")
     assert "an unbacked size meets a tensor subclass" in noted.reason and not recorder.added[0]
     torch.testing.assert_close(out, modules.Prefill(is_causal=True)(*inputs)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", [{"tau": 1.0}, {"keep_ratio": 0.5}, {"keep_ratio": 0.5, "queries": "all"}], ids=str)
+def test_attention_under_autocast_computes_in_its_dtype(record, modules, rule, dtype):
+    """Q and K in fp32, as rotary embeddings leave them, and V as autocast's linear gave it: the cache keeps both."""
+
+    def forward(q, k, v):
+        v = v.to(dtype)
+        with torch.autocast("cpu", dtype=dtype):
+            return modules.attend(q, k, v, is_causal=True), *modules.cache(k, v)
+
+    inputs = [x.float() for x in modules.qkv()]
+    (out, keys, values, kept), recorder = record(Wrapped(forward), *inputs, **rule)
+    assert recorder.sites[0].prefill[0].rewritten
+    assert (out.dtype, keys.dtype, values.dtype) == (dtype, torch.float32, dtype)
+    rows = kept[:, 0, :, None, None].expand(-1, -1, 4, 6) if rule.get("queries") != "all" else None
+    if rule.get("tau") == 1.0:
+        torch.testing.assert_close(out, forward(*inputs)[0])
+    else:
+        assert kept.shape[2] == 10 and bool(out.isfinite().all())
+        if rows is not None:
+            zero = torch.ones(2, 20, 4, 6).scatter(1, rows, 0.0).bool().transpose(1, 2)
+            assert not out[zero].any() and bool((out[~zero] != 0).any())

@@ -42,7 +42,7 @@ def draw_kept_patches(
     scale = max(1, PICTURE_PIXELS // max(grid))
     picture = np.asarray(image.convert("RGB").resize((columns * scale, rows * scale), Image.Resampling.NEAREST)) / 255
     figure, axes = _panels(1 + len(kept), rows / columns)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # an answer may hold dollar signs
     axes[0].imshow(picture)
     axes[0].set_title(f"image: {rows} x {columns} patches", fontsize=9)
     for (layer, positions), axis in zip(kept.items(), axes[1:], strict=False):
@@ -61,7 +61,7 @@ def draw_kept_strips(
     For prompts whose image tokens are not one known rectangle of patches. Arguments as for `draw_kept_patches`.
     """
     figure = Figure(figsize=(10, max(3.0, 0.25 * len(kept) + 1)), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # an answer may hold dollar signs
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     left.imshow(np.asarray(image.convert("RGB")))
     left.set_axis_off()

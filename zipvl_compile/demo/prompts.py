@@ -45,10 +45,16 @@ def read_image(path: Path) -> Image.Image:
     """Read an image file as RGB.
 
     Raises:
-        ValueError: no image there.
+        ValueError: no image there, or one that is larger than PIL opens.
     """
     try:
         return Image.open(path).convert("RGB")
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(
+            f"image: expected at most {most} pixels, got more in {str(path)!r} ({error}). Make it smaller, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from error
     except OSError as error:
         raise ValueError(f"image: expected an image file, got {str(path)!r} ({error}). Check the path.") from error
 

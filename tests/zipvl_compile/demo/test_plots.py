@@ -29,3 +29,12 @@ def test_strips_where_the_grid_is_not_known(tmp_path):
     kept = {layer: torch.arange(0, 50, layer + 1) for layer in (0, 2)}
     plots.draw_kept_strips(path, Image.new("RGB", (20, 10)), kept, 50, "title")
     assert Image.open(path).size[0] > 400
+
+
+@pytest.mark.parametrize("title", ["costs $5 or $6?", r"a \frac and $x_1^2$", "$$", r"\$"])
+def test_answers_are_drawn_literally(tmp_path, title):
+    """What a model writes is no formula: matplotlib would read text between dollar signs as one."""
+    path, grey = tmp_path / "x.png", Image.new("RGB", (8, 8))
+    plots.draw_kept_patches(path, grey, {0: torch.tensor([1])}, torch.arange(1, 5), (2, 2), 7, title)
+    plots.draw_kept_strips(path, grey, {0: torch.tensor([1])}, 7, title)
+    assert Image.open(path).size[0] > 100

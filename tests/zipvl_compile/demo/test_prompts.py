@@ -102,3 +102,11 @@ def test_the_view_of_the_model_is_the_picture_again(processor, x):
 def test_a_view_that_cannot_be_told_is_the_picture(processor):
     assert model_view(processor, {"pixel_values": torch.ones(4, 6)}, PICTURE) is PICTURE
     assert model_view(SimpleNamespace(), {}, PICTURE) is PICTURE
+
+
+def test_a_picture_over_the_limit_of_pil_is_a_clear_error(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    Image.new("RGB", (40, 40)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(ValueError, match=r"image: expected at most 1400 pixels, got more in .*large\.png"):
+        read_image(path)
