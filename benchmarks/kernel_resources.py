@@ -135,6 +135,8 @@ def record() -> list[Launch]:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0:
                     aligned.append(name)
+        if self.__name__ == "_fewest_tokens_kernel":  # nothing runs, and the host reads a size from this result
+            given["out"].fill_(200)
         launch = Launch(self.__name__, self.__module__, case, signature, constants, aligned, options)
         found.setdefault(launch.key, launch)
 
