@@ -7,17 +7,16 @@ A benchmark first checks its result against the same graph without Inductor, and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
-from support.unpruned import without_pruning
 
 from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.passes.cost_model import AttentionShape, seconds
+from zipvl_compile.pipeline import leaving_out
 from zipvl_compile.report.machine import machine, sparse_prefill_attention
 
 LAYERS = 8
@@ -47,6 +46,8 @@ BACKENDS = {
     "full cache": {"backend": "zipvl", "options": {"tau": 1.0, "min_tokens": 0}},
 }
 
+LEFT_OUT = {"unpruned": ("prune_projections", "demand_rows"), "unpruned projections": ("prune_projections",)}
+
 
 def variants(n: int, *names: str, dynamic: bool | None = False) -> dict:
     """Return compiled models by name, each after one prompt of `n` tokens; "eager" is not compiled."""
@@ -56,8 +57,7 @@ def variants(n: int, *names: str, dynamic: bool | None = False) -> dict:
         made[name] = decoder(layers=LAYERS)
         if name in BACKENDS:
             made[name].compile(**BACKENDS[name], dynamic=dynamic)
-        unpruned = without_pruning(demand=name != "unpruned") if "unpruned" in name else contextlib.nullcontext()
-        with unpruned:
+        with leaving_out(*LEFT_OUT.get(name, ())):
             prefill(made[name], prompt(n))
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import graphlib
 
 import pytest
@@ -74,3 +75,13 @@ def test_linked_folders_are_namespaces(top):
     """With an `__init__.py`, they would be taken for top-level packages, and `kernels` for that of Hugging Face."""
     assert [str(path.relative_to(ROOT)) for path in (ROOT / top).rglob("__init__.py")] == []
     assert (ROOT / PACKAGE / top).is_symlink() and (ROOT / PACKAGE / top).resolve() == ROOT / top
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_run_without_the_tests(path):
+    """Only tests find their helpers by name: `make bench` and `make gpu` collect the benchmarks alone."""
+    helpers = {folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir()} - {PACKAGE}
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    assert helpers.isdisjoint(name.partition(".")[0] for name in found)

@@ -7,12 +7,13 @@ With the environment variable `ZIPVL_DUMP=DIR` it writes the graph before and af
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Row:
     gives: str
 
 
-PIPELINE = (
+PIPELINE: tuple[Row, ...] = (
     Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
@@ -83,6 +84,17 @@ def without(*names: str) -> tuple[Row, ...]:
     if unknown:
         raise ValueError(f"names: expected passes of the pipeline, got {sorted(unknown)}. See PIPELINE.")
     return tuple(row for row in PIPELINE if row.name not in names)
+
+
+@contextlib.contextmanager
+def leaving_out(*names: str) -> Iterator[None]:
+    """Leave some passes out of every graph that is compiled inside the block: to measure them, or to find a fault."""
+    global PIPELINE
+    whole, PIPELINE = PIPELINE, without(*names)
+    try:
+        yield
+    finally:
+        PIPELINE = whole
 
 
 def settings_of(options: ZipVLOptions) -> Settings:

@@ -175,6 +175,17 @@ def rewritten(module, *inputs, passes, inner="eager", dynamic=False):
     return graphs[0], outputs
 
 
+class Small(nn.Module):
+    """One linear map, without attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
 def trace(function, *inputs, dynamic=None):
     """Return the graph that Dynamo hands to a backend."""
     graphs = []

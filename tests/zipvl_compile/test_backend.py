@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from support.graph_modules import Small
 from support.tiny_llava import prefill
 from support.tiny_models import compiled, inputs, model
 from torch import nn
@@ -17,15 +18,6 @@ from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls
 from zipvl_compile.report.compile_report import collect
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.linear(x)
 
 
 @pytest.fixture(autouse=True)

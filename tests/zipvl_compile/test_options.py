@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from support.graph_modules import Small
 from torch._dynamo.exc import BackendCompilerFailed
 
 from zipvl_compile.options import OptionError, ZipVLOptions
@@ -184,15 +184,6 @@ def test_the_users_dictionary_stays_as_it_is():
     given = {"tau": 0.5}
     ZipVLOptions.parse(given, mode="default")
     assert given == {"tau": 0.5}
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.linear(x)
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,15 @@ def test_without_leaves_passes_out_and_knows_their_names():
         without("fuse")
 
 
+def test_passes_are_left_out_inside_the_block_only():
+    whole = pipeline.PIPELINE
+    with pytest.raises(KeyError), pipeline.leaving_out("fuse_gathers", "choose_kernels"):
+        assert tuple(row for row in whole if row.name not in ("fuse_gathers", "choose_kernels")) == pipeline.PIPELINE
+        assert list(rewrite(traced(F.relu, torch.randn(3)).graph, Settings()).seconds)[-1] == "keep_every_token"
+        raise KeyError
+    assert pipeline.PIPELINE is whole
+
+
 def test_every_pass_is_timed(modules):
     gm = traced(prefill(modules), *modules.qkv())
     done = rewrite(gm.graph, Settings())
