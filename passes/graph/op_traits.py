@@ -222,6 +222,7 @@ _row("scaled_dot_product_attention", "query key value attn_mask dropout_p is_cau
 _row("size, stride, dim, numel, sym_size, sym_numel", "input dim", sizes=True)
 _row("getattr", "input name", functions=(builtins.getattr,), view=True)
 _row("setitem", "input index value", writes=("input",))
+_row("index_copy_", "input dim index source", writes=("input",))
 _row("meshgrid, broadcast_tensors", "*tensors", view=True)
 _row("embedding, interpolate, normalize, one_hot, pad, conv2d, conv3d, group_norm, log_softmax, as_tensor", "input",
      view=True)  # fmt: skip

@@ -64,6 +64,7 @@ class Part:
 
 
 CAUSAL, PADDING, UNKNOWN = Part(Condition.CAUSAL), Part(Condition.PADDING), Part(Condition.UNKNOWN)
+PACKED = Part(Condition.PACKED)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, KVViewCall, TokenPositionsCall
-from zipvl_compile.passes.graph.reading import arguments, example, is_op
+from zipvl_compile.passes.graph.reading import arguments, example, is_op, shared, written
 from zipvl_compile.passes.masks import mask_form
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.attention_site import Attention, module_path
@@ -26,17 +27,26 @@ from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
 
 NO_CACHE = Reason(Why.NO_CACHE, "no KV cache: the call has use_cache=False, or needs gradients")
 VISION = Reason(Why.ENCODER, "no KV cache: a vision tower or an encoder")
+UNCACHED = Reason(Why.NO_CACHE, "no KV cache: a vision tower, an encoder, or a call with use_cache=False")
 CROSS_OR_CHUNKS = Reason(Why.ENCODER, "no KV cache: cross-attention, or an encoder that attends in chunks")
 WINDOW = Reason(Why.SLIDING_WINDOW, "sliding window or chunks: the cache holds one window only")
 NOT_CACHED = Reason(Why.NOT_CACHED, "keys and values are not cached by the same layer")
 OTHER_GRAPH = Reason(
-    Why.OTHER_GRAPH, "a graph break lies before the attention: its keys come from another graph, cached or not"
+    Why.OTHER_GRAPH,
+    "its keys come from outside the graph: from a cache that is not traced, such as a quantized one, or from before a "
+    "graph break",
 )
 OTHER_LAYER = Reason(Why.OTHER_LAYER, "no KV cache of its own: it reads that of a layer that stays dense")
+FULL_CACHE = Reason(Why.FULL_CACHE, "the KV cache holds every token: decoding is as without zipvl")
+STATIC_CACHE = Reason(
+    Why.STATIC_CACHE,
+    "static KV cache: tokens are written into tensors of full length; leave cache_implementation='static' out, zipvl "
+    "compacts the cache that generate makes by default",
+)
 FOREIGN_CACHE = Reason(
     Why.FOREIGN_CACHE,
-    "KV cache without zipvl layers: the model has cache layers of its own, or the cache was made without "
-    "DynamicCache(config=model.config)",
+    "KV cache without zipvl layers: it is a quantized one, the model has cache layers of its own, or it was made "
+    "without DynamicCache(config=model.config)",
 )
 OTHER_CACHE = Reason(
     Why.OTHER_CACHE, "the KV cache holds something else than keys and values: latents, an index or a state"
@@ -78,10 +88,13 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     key = attention.key
     if KVViewCall.matches(key) or any(TokenPositionsCall.matches(user) for user in key.users):
         return cached, NOT_CACHED
-    if _grows(key) and any(_is_window(user) for user in key.users):
+    windows = [user for user in key.users if _is_window(user)]
+    if windows and (_grows(key) or any(is_op(user, "copy_") for window in windows for user in window.users)):
         return cached, WINDOW
+    if _is_written(key):
+        return cached, STATIC_CACHE
     if _grows(key):
-        return cached, FOREIGN_CACHE
+        return cached, FULL_CACHE if _extends_input(key) else FOREIGN_CACHE
     mask = attention.mask
     form = mask_form.MaskForm(()) if mask is None else mask_form.read(mask, attention.mask_hides)
     is_causal = attention.is_causal or form.is_causal
@@ -89,10 +102,12 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
         return "other", CROSS_ATTENTION
     if _has_cache(attention):
         return cached, OTHER_CACHE
-    if key.op == "placeholder" and not attention.is_causal and mask_form.UNKNOWN in form.parts:
+    if key.op == "placeholder" and (is_causal or mask_form.UNKNOWN in form.parts):
         return cached, OTHER_GRAPH
-    if is_causal:
+    if is_causal or mask_form.PACKED in form.parts:
         return "other", NO_CACHE
+    if mask_form.UNKNOWN in form.parts:
+        return "other", UNCACHED
     return "other", VISION if same_length else CROSS_OR_CHUNKS
 
 
@@ -190,3 +205,32 @@ def _is_window(node: Node) -> bool:
 def _grows(node: Node) -> bool:
     """Return whether `node` concatenates keys along the token axis, as caches do."""
     return is_op(node, "cat") and arguments(node).get("dim", 0) in (2, -2) and example(node).dim() == 4
+
+
+def _extends_input(node: Node) -> bool:
+    """Return whether a concatenation appends to one tensor that comes into the graph, as a cache with every token."""
+    parts = arguments(node)["tensors"]
+    return isinstance(parts, (list, tuple)) and len(parts) == 2 and parts[0].op == "placeholder"
+
+
+def _is_written(key: Node) -> bool:
+    """Return whether the graph writes tokens into the memory of a key, as static caches do."""
+    memory: set[Node] = set()
+    todo = [key]
+    while todo:
+        node = todo.pop()
+        if node not in memory and example(node).dim() == 4:
+            memory.add(node)
+            todo += [x for x in shared(node) if isinstance(example(x), torch.Tensor)]
+    return any(node in written(user) and _writes_tokens(user, node) for node in memory for user in node.users)
+
+
+def _writes_tokens(write: Node, buffer: Node) -> bool:
+    """Return whether a call writes along the token axis of a buffer, or all of one that comes into the graph."""
+    if is_op(write, "index_copy_"):
+        return arguments(write)["dim"] in (2, -2)
+    if is_op(write, "setitem"):
+        index = arguments(write)["index"]
+        whole = isinstance(index, tuple) and (len(index) < 3 or Ellipsis in index or index[2] == slice(None))
+        return isinstance(index, tuple) and not whole
+    return is_op(write, "copy_") and buffer.op == "placeholder"

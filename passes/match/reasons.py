@@ -29,6 +29,8 @@ class Why(Enum):
     SHARED_KV = auto()
     TWO_LAYERS = auto()
     NOT_CACHED = auto()
+    FULL_CACHE = auto()
+    STATIC_CACHE = auto()
     FOREIGN_CACHE = auto()
     OTHER_CACHE = auto()
     OTHER_GRAPH = auto()
@@ -41,7 +43,7 @@ class Why(Enum):
 
 BY_DESIGN = frozenset({
     Why.ONE_TOKEN, Why.SHORT_PROMPT, Why.NO_GAIN, Why.CROSS_ATTENTION, Why.ENCODER, Why.NO_CACHE, Why.SLIDING_WINDOW,
-    Why.FLEX_ATTENTION,
+    Why.FLEX_ATTENTION, Why.FULL_CACHE,
 })  # fmt: skip
 
 

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph
 
+from zipvl_compile.passes.cost_model import NEVER
 from zipvl_compile.passes.match.outcome import Demand, Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import read_all
@@ -82,7 +83,24 @@ def _keep(report: CompileReport) -> CompileReport:
         if not site.by_design and text not in _warned:
             _warned.add(text)
             warnings.warn(f"zipvl leaves {site.layer} dense ({site.kind}): {text}", UserWarning, stacklevel=2)
+    line = left_dense(site.reason for site in report.sites)
+    if line is not None and line not in _warned:
+        _warned.add(line)
+        warnings.warn(f"zipvl: {line}", UserWarning, stacklevel=2)
     return report
+
+
+def left_dense(reasons: Iterable[Reason | None]) -> str | None:
+    """Return the line about a prompt that gains nothing, and from where one would; None where no layer is so."""
+    lengths = [one.min_tokens for one in reasons if one is not None and one.min_tokens is not None]
+    if not lengths:
+        return None
+    if min(lengths) >= NEVER:
+        return "this prompt stays dense, and longer ones too: keeping so many tokens gains no time at any length."
+    return (
+        f"prompts shorter than {min(lengths)} tokens stay dense, they would gain no time; "
+        "options={'min_tokens': 0} compacts them all the same."
+    )
 
 
 def recent_reports() -> list[CompileReport]:

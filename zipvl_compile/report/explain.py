@@ -23,7 +23,6 @@ from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
 from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
-from zipvl_compile.passes.match.reasons import Why
 from zipvl_compile.report import compile_report as report
 from zipvl_compile.report.explanation import ExplainedSite, Explanation
 
@@ -187,9 +186,9 @@ def _without_repeats(sites: list[SiteOutcome]) -> list[SiteOutcome]:
 
 
 def _kept_counts(cache: Cache) -> dict[int, int]:
-    """Return how many prompt tokens each cache layer that went through zipvl keeps, by layer number."""
-    layers = enumerate(cache.layers)
-    return {i: x.positions.shape[2] for i, x in layers if isinstance(x, CompactLayer) and x.positions is not None}
+    """Return how many prompt tokens each of this package's cache layers keeps, by layer number."""
+    layers = [(i, layer.cached_positions) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
+    return {i: positions.shape[2] for i, positions in layers if positions is not None}
 
 
 def _with_kept_tokens(
@@ -220,10 +219,5 @@ def _around_attention(pruned: list[Pruning]) -> list[str]:
 
 
 def _advice(rows: list[ExplainedSite]) -> list[str]:
-    short = [row.reason for row in rows if row.reason is not None and row.reason.why is Why.SHORT_PROMPT]
-    if not short:
-        return []
-    return [
-        f"Prompts shorter than {short[0].min_tokens} tokens stay dense by default: "
-        "options={'min_tokens': 0} rewrites them too."
-    ]
+    line = report.left_dense(row.reason for row in rows)
+    return [] if line is None else [line[0].upper() + line[1:]]
