@@ -3,11 +3,13 @@
 import pytest
 import torch
 from support.graph_modules import rewritten
-from support.hidden_states import Stack, hidden_states, without_spare
+from support.hidden_states import Stack, hidden_states
 
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes import keep_every_token
 from zipvl_compile.passes.graph.graph import calls
+from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.settings import Settings
 
 N = 20
 
@@ -16,20 +18,58 @@ def run(module, x, inner="eager", dynamic=False):
     return rewritten(module, x, passes=["keep_every_token"], inner=inner, dynamic=dynamic)
 
 
+@pytest.fixture(params=["plain", "room"])
+def least(request, monkeypatch):
+    """Run a test with prompts below and above the length from which decoding appends in place."""
+    least = {"plain": N + 1, "room": N}[request.param]
+    monkeypatch.setattr(keep_every_token, "LEAST", least)
+    return least
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_dense_layer_copies_its_keys_and_values(batch, inner, dynamic):
+def test_a_dense_layer_copies_its_keys_and_values(batch, inner, dynamic, least):
     module, x = Stack(), hidden_states(batch=batch)
     graph, outputs = run(module, x, inner, dynamic)
     assert len(calls(graph, ops.with_room)) == 4 and not calls(graph, ops.gather_tokens)
     with torch.no_grad():
         expected = module(x)
-    for got, plain in zip(without_spare(outputs, N), without_spare(expected, N), strict=True):
-        torch.testing.assert_close(got, plain)
-    for (keys, values, positions), (plain, *_) in zip(outputs[1:], expected[1:], strict=True):
-        assert keys.shape == values.shape == plain.shape and keys.is_contiguous() and values.is_contiguous()
-        assert len({x.untyped_storage().data_ptr() for x in (keys, values, positions)}) == 3
+    torch.testing.assert_close(outputs[0], expected[0])
+    for (keys, values, positions), plain in zip(outputs[1:], expected[1:], strict=True):
+        spare = plain[0].shape[2] - N if least == N else 0
+        assert keys.shape[2] == values.shape[2] == N + spare and (positions is None) == (least > N)
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in (keys, values)), "memory of its own, and no more"
+        assert len({x.untyped_storage().data_ptr() for x in (keys, values, x)}) == 3
+        for got, whole in zip((keys, values), plain, strict=False):
+            torch.testing.assert_close(got[:, :, :N], whole[:, :, :N])
+
+
+def test_positions_that_are_read_stay(least):
+    """A model that looks at the positions itself gets them."""
+
+    def reads(k):
+        positions = ops.token_positions(k)
+        return ops.gather_tokens(k, positions, 2), positions, positions + 1
+
+    k, seen = torch.randn(1, 2, N, 4), []
+
+    def backend(gm, inputs):
+        keep_every_token.apply(gm.graph, Sites(), Settings())
+        seen.append(len(calls(gm.graph, ops.with_room)))
+        gm.recompile()
+        return gm.forward
+
+    keys, positions, later = torch.compile(reads, backend=backend)(k)
+    assert keys.shape[2] == N + 2 and torch.equal(later, positions + 1) and seen == [1]
+
+
+def test_a_sparse_prompt_with_a_full_cache_keeps_its_room(record, least):
+    module, x = Stack(), hidden_states()
+    outputs, recorder = record(module, x, keep_ratio=0.3, evict="keep")
+    assert any(site.rewritten for site in recorder.noted())
+    for keys, _, positions in outputs[1:]:
+        assert positions.shape[2] == N < keys.shape[2]
 
 
 def test_a_selection_stays_a_gather(record):

@@ -1,8 +1,9 @@
-"""The speed of this machine, measured once per device and dtype, for the cost model.
+"""The speed of this machine, for the cost model: what a file says, which is measured once per device and dtype.
 
-Takes a few tenths of a second, and on a GPU the seconds that Triton needs for kernels it has not compiled yet; a
-compile takes many times that. On a GPU it takes a share of the memory that is free, or none; whatever fails, the speed
-of a machine measured before stands in.
+Measuring takes a few tenths of a second, and on a GPU the seconds that Triton needs for kernels it has not compiled
+yet; a compile takes many times that. On a GPU it takes a share of the memory that is free, or none; whatever fails, the
+speed of a known machine stands in, and in the file, too, so that every process has the same. The file is that of
+`machine_file.py`, and ranks of one node share it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.token_scores import token_scores
 from zipvl_compile.passes.cost_model import Machine
 from zipvl_compile.report.known_machines import known_machine
+from zipvl_compile.report.machine_file import Entry, Key, NoPlace, agree, key_of, path, rounded, today
 
 log = logging.getLogger("zipvl_compile")
 _PROBES = 128
@@ -62,28 +64,95 @@ _ON_GPU = (
 #: Of the free memory of a GPU: the model that is being compiled needs the rest.
 _SHARE = 0.25
 _ROUNDS = 7
+_asked_for: dict[tuple[torch.device, torch.dtype], Speed] = {}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of one machine, and where it comes from.
+
+    Attributes:
+        key: which machine.
+        machine: the numbers.
+        origin: "measured 2026-11-27", or why it is that of a known machine.
+        file: that holds it; None where none could be written.
+    """
+
+    key: Key
+    machine: Machine
+    origin: str
+    file: Path | None
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {value:.2g}" for name, value in asdict(self.machine).items())
+        place = f"in {self.file}; `zipvl measure` renews it" if self.file else "in no file"
+        return f"Speed of {self.key} ({self.origin}, {place}): {numbers}."
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Return the speed of `device` for tensors of `dtype`, measured at the first call.
+    """Return the speed of `device` for tensors of `dtype`: the same in every process, see `speed`."""
+    return speed(device, dtype).machine
 
-    It depends on the number of threads, too: another number is measured again. Where measuring fails, a warning is
-    logged, and the answer is that of `known_machine`.
+
+def speed(device: torch.device, dtype: torch.dtype) -> Speed:
+    """Return what the file says of this machine; measure it and write it there if it says nothing.
+
+    Where no file can be written, and where measuring fails, a warning is logged and the answer is `known_machine`.
     """
-    return _measured(device, dtype, torch.get_num_threads())
+    return _speed(device, dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
+def _speed(device: torch.device, dtype: torch.dtype, threads: int) -> Speed:
+    asked = _asked(device, dtype)
+    _asked_for[device, dtype] = asked
+    return asked
+
+
+def asked_for(device: torch.device) -> list[Speed]:
+    """Return the speeds of a device that this process decided by, for reports."""
+    return [speed for (one, _), speed in _asked_for.items() if one == device]
+
+
+def renewed(device: torch.device, dtype: torch.dtype) -> Speed:
+    """Measure this machine whatever the file says, and write it there; processes that run already keep what they read.
+
+    Raises:
+        NoPlace: (an OSError) the file cannot be written.
+    """
+    key = key_of(device, dtype)
+    entry = agree(key, lambda: _entry(device, dtype), renew=True)
+    _speed.cache_clear()
+    return Speed(key, entry.speed, entry.origin, path())
+
+
+def _asked(device: torch.device, dtype: torch.dtype) -> Speed:
+    try:
+        key = key_of(device, dtype)
+    except Exception as error:  # no such device
+        log.warning("zipvl cannot tell what %s is, and takes the speed of a known machine: %s", device, error)
+        key = Key(str(device), "", "", 0, 0, str(dtype), torch.__version__, "")
+        return Speed(key, known_machine(device, dtype), "a known machine", None)
+    try:
+        entry = agree(key, lambda: _entry(device, dtype))
+        return Speed(key, entry.speed, entry.origin, path())
+    except NoPlace as error:
+        log.warning("zipvl takes the speed of a known machine: %s. Set ZIPVL_CACHE_DIR to a folder of yours.", error)
+        return Speed(key, known_machine(device, dtype), "a known machine", None)
+
+
+def _entry(device: torch.device, dtype: torch.dtype) -> Entry:
     try:
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         # A backend runs while Dynamo traces with fake tensors; these are real.
         with with_real_tensors(), torch.no_grad(), on_device:
-            return _measure(device, dtype, _sizes(device, dtype))
+            return Entry(rounded(_measure(device, dtype, _sizes(device, dtype))), today())
     except Exception as error:  # whatever it is, the user's model can be compiled without these numbers
         why = str(error).partition("\n")[0]
-        log.warning("zipvl could not measure %s, and takes the speed of a known one: %s", device, why)
-        return known_machine(device)
+        log.warning(
+            "zipvl could not measure %s, and takes the speed of a known machine until `zipvl measure`: %s", device, why
+        )
+        return Entry(known_machine(device, dtype), f"a known machine, since measuring failed: {why}")
 
 
 def _sizes(device: torch.device, dtype: torch.dtype) -> _Sizes:
@@ -131,12 +200,12 @@ def _measure(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> Machine
     host = product = 0.0
     if device.type == "cuda":
         matrix = draw(sizes.side, sizes.side)
-        times = _device_medians(runs | {"product": lambda: matrix @ matrix})
+        times = _device_times(runs | {"product": lambda: matrix @ matrix})
         product = times["product"] / sizes.side**3
-        launches = _medians({name: runs[name] for name in ("attend few", "site")}, device)
+        launches = _times({name: runs[name] for name in ("attend few", "site")}, device)
         host = max(launches["site"] - launches["attend few"], 0.0)
     else:
-        times = _medians(runs, device)
+        times = _times(runs, device)
     # attend n^2 + edge n, through the times at two lengths
     quadratic = min(max(2 * times["attend"] - 4 * times["attend half"], 0.5 * times["attend"]), times["attend"])
     attend = quadratic / (heads * large**2 * width)
@@ -159,8 +228,8 @@ def sparse_prefill_attention(
     return sparse_attention(q, gather_tokens(k, positions), gather_tokens(v, positions), positions)
 
 
-def _device_medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median time of each run on the current GPU in seconds; the GPU sleeps while the host prepares it."""
+def _device_times(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the least time of each run on the current GPU in seconds; the GPU sleeps while the host prepares it."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(_ROUNDS + 1):
         for name, run in runs.items():
@@ -172,11 +241,11 @@ def _device_medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
             end.synchronize()
             if i:
                 times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: min(taken) for name, taken in times.items()}
 
 
-def _medians(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Return the median time of each run in seconds; they run in turn, after one warm-up each."""
+def _times(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the least time of each run in seconds, which other load disturbs least; they run in turn, once to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(_ROUNDS + 1):
         for name, run in runs.items():
@@ -186,4 +255,4 @@ def _medians(runs: dict[str, Callable[[], object]], device: torch.device) -> dic
                 torch.cuda.synchronize(device)
             if i:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: min(taken) for name, taken in times.items()}

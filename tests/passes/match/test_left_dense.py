@@ -16,7 +16,7 @@ EAGER = (
 CROSS = "no KV cache: cross-attention, or an encoder that attends in chunks"
 VISION = "no KV cache: a vision tower or an encoder"
 NO_CACHE = "no KV cache: the call has use_cache=False, or needs gradients"
-FOREIGN = str(left_dense.FOREIGN_CACHE)
+FULL, STATIC = str(left_dense.FULL_CACHE), str(left_dense.STATIC_CACHE)
 
 
 def reported(recorder):
@@ -40,6 +40,21 @@ def vision_with_mask(modules, q, k, v):
 
 
 def no_cache(modules, q, k, v):
+    return modules.attend(q, k + 1, v + 1, is_causal=True)
+
+
+def no_cache_and_keys_turned_in_place(modules, q, k, v):
+    k = k + 1
+    k[:, :, :, :4] = -k[:, :, :, :4]
+    return modules.attend(q, k, v + 1, is_causal=True)
+
+
+def no_cache_and_a_mask_of_data(modules, q, k, v):
+    rows = v[:, :1, :, :1]
+    return modules.attend(q, k + 1, v + 1, attn_mask=rows <= rows.transpose(2, 3) + 3)
+
+
+def keys_from_outside(modules, q, k, v):
     return modules.attend(q, k, v, is_causal=True)
 
 
@@ -47,14 +62,49 @@ def cross(modules, q, k, v):
     return modules.attend(q[:, :, :5], k, v)
 
 
-def foreign_cache(modules, q, k, v):
+def full_cache(modules, q, k, v):
     k, v = torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
     return modules.attend(q[:, :, :1], k, v)
 
 
-def foreign_cache_repeated(modules, q, k, v):
+def full_cache_repeated(modules, q, k, v):
     k, v = torch.cat([k, k[:, :, :1]], dim=2), torch.cat([v, v[:, :, :1]], dim=2)
     return modules.attend(q[:, :, :1], k, v, "expand")
+
+
+def foreign_cache(modules, q, k, v):
+    """As a quantized cache: what was unpacked, the residual, and the new token."""
+    k, v = (torch.cat([x * 2, x[:, :, :3], x[:, :, :1]], dim=2) for x in (k, v))
+    return modules.attend(q[:, :, :1], k, v, "expand")
+
+
+def static_prefill(modules, q, k, v):
+    where = torch.arange(20)
+    keys = k.new_zeros(2, 2, 30, 8).index_copy_(2, where, k)
+    values = v.new_zeros(2, 2, 30, 6)
+    values[:, :, where] = v
+    return modules.attend(q, keys[:, :, :20], values[:, :, :20], is_causal=True)
+
+
+def static_decode(modules, q, k, v):
+    k.index_copy_(2, torch.tensor([19]), k[:, :, 19:])
+    return modules.attend(q[:, :, 19:], k, v, attn_mask=(torch.arange(20) < 18)[None])
+
+
+def static_decode_by_an_index(modules, q, k, v):
+    k[:, :, torch.tensor([19])] = k[:, :, 19:] + 0
+    return modules.attend(q[:, :, 19:], k, v)
+
+
+def static_window(modules, q, k, v):
+    k.copy_(k.roll(0, 2))
+    return modules.attend(q[:, :, 19:], k, v)
+
+
+def window_of_a_static_cache(modules, q, k, v):
+    k, stored = k + 1, k.new_empty(2, 2, 5, 8)
+    stored.copy_(k[:, :, -5:])
+    return modules.attend(q, k, v + 1, is_causal=True), stored
 
 
 def keys_of_one_layer_and_values_of_none(modules, q, k, v):
@@ -75,9 +125,18 @@ REASONS = {
     vision: [("other", VISION)],
     vision_with_mask: [("other", VISION)],
     no_cache: [("other", NO_CACHE)],
+    no_cache_and_keys_turned_in_place: [("other", NO_CACHE)],
+    no_cache_and_a_mask_of_data: [("other", "no KV cache: a vision tower, an encoder, or a call with use_cache=False")],
+    keys_from_outside: [("prefill", str(left_dense.OTHER_GRAPH))],
     cross: [("other", CROSS)],
-    foreign_cache: [("decode", FOREIGN)],
-    foreign_cache_repeated: [("decode", FOREIGN)],
+    full_cache: [("decode", FULL)],
+    full_cache_repeated: [("decode", FULL)],
+    foreign_cache: [("decode", str(left_dense.FOREIGN_CACHE))],
+    static_prefill: [("prefill", STATIC)],
+    static_decode: [("decode", STATIC)],
+    static_decode_by_an_index: [("decode", STATIC)],
+    static_window: [("decode", STATIC)],
+    window_of_a_static_cache: [("prefill", str(left_dense.WINDOW))],
     keys_of_one_layer_and_values_of_none: [("decode", "keys and values are not cached by the same layer")],
     eager_prefill: [("prefill", EAGER)],
 }
