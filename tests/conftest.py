@@ -31,3 +31,11 @@ def pytest_collection_modifyitems(items):
 def no_compiled_code_of_other_files():
     """Past its recompile limit, Dynamo runs what it compiled for another test, whatever the options were there."""
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def machine_file_of_the_tests(tmp_path_factory):
+    """What the tests decide must not depend on the file that their user has, nor change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZIPVL_CACHE_DIR", str(tmp_path_factory.mktemp("zipvl")))
+        yield

@@ -25,6 +25,7 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.report import compile_report as report
 from zipvl_compile.report.explanation import ExplainedSite, Explanation
+from zipvl_compile.report.machine import asked_for
 
 Named = TypeVar("Named", SiteOutcome, Pruning)
 
@@ -51,7 +52,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
     options = dict(options or {})
-    ZipVLOptions.parse(options)
+    parsed = ZipVLOptions.parse(options)
     if "inner" not in options:
         options["inner"] = "eager"
         options.pop("mode", None)  # Inductor's
@@ -66,7 +67,10 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
     rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt_length)
     pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
-    return Explanation(_with_pruned(rows, pruned), prompt_length, notes + _around_attention(pruned) + _advice(rows))
+    notes += _around_attention(pruned) + _advice(rows)
+    if parsed.min_tokens is None:
+        notes += [str(speed) for speed in asked_for(outputs.logits.device)]
+    return Explanation(_with_pruned(rows, pruned), prompt_length, notes)
 
 
 class _OwnOptions(dict):
