@@ -1,10 +1,11 @@
-"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl --version`."""
+"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl measure`, `zipvl --version`."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ except ImportError as error:
 
 DEFAULT_PROMPT = "What is in this image?"
 DEFAULT_OUTPUT = Path("demo.png")
-INNER_HELP = "Inner compiler of both models: inductor, aot_eager or eager."
+INNER_HELP = "Inner compiler of all models: inductor, aot_eager or eager."
+OPTION_HELP = "Backend option, such as min_tokens=0; repeatable."
 
 app = typer.Typer(
     add_completion=False,
@@ -93,7 +95,8 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Local folder or hub name of another LVLM; needs --image.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file, with --model.")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask, with --model.")] = DEFAULT_PROMPT,
-    tau: Annotated[float, typer.Option(help="Fraction of the attention score to keep, in (0, 1].")] = ZipVLOptions.tau,
+    tau: Annotated[float | None, typer.Option(help="The same as --option tau=... [default: 0.975].")] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP + " Shown beside the defaults.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, with --model.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="Device, with --model [default: cuda if available, else cpu].")
@@ -101,15 +104,17 @@ def demo(
     output: Annotated[Path, typer.Option(help="Picture of the kept image patches.")] = DEFAULT_OUTPUT,
     inner: Annotated[str, typer.Option(hidden=True, help=INNER_HELP)] = "inductor",
 ) -> None:
-    """Compare dense and zipvl answers, KV-cache memory and time."""
+    """Compare dense and zipvl answers, KV-cache memory and time: with default options, and with those given."""
     with _readable_errors():
+        _check_output(output)
+        options = _parse_options([*(option or []), *([] if tau is None else [f"tau={tau}"])])
+        ZipVLOptions.parse({**options, "inner": inner})
+
         from zipvl_compile.demo import side_by_side as demos
         from zipvl_compile.demo.prompts import read_image
 
         _quiet()
-        ZipVLOptions.parse({"tau": tau, "inner": inner})
-        _check_output(output)
-        setup, console = demos.Setup(tau, inner, output), Console()
+        setup, console = demos.Setup(options, inner, output), Console()
         if model is None:
             if image is not None:
                 raise ValueError("--image: expected together with --model, got it alone. Add --model NAME_OR_PATH.")
@@ -126,7 +131,7 @@ def explain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub name of an LVLM.")],
     image: Annotated[Path | None, typer.Option(help="Image file [default: a grey test image].")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
-    option: Annotated[list[str] | None, typer.Option(help="Backend option, such as min_tokens=0; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Predict from which length each layer gains.")] = False,
 ) -> None:
@@ -138,7 +143,7 @@ def explain(
         from zipvl_compile.report.explain import explain as explain_model
 
         _quiet()
-        options = dict(_parse_option(text) for text in option or [])
+        options = _parse_options(option or [])
         ZipVLOptions.parse(options)
         picture = Image.new("RGB", (336, 336), "grey") if image is None else read_image(image)
         console = Console()
@@ -155,11 +160,55 @@ def explain(
                 console.print(str(line), highlight=False)
 
 
+@app.command()
+def measure(
+    device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Repeatable [default: float32 and bfloat16].")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Only show what the file says, and measure nothing.")] = False,
+) -> None:
+    """Measure this machine anew, for the default of min_tokens; running processes keep what they decided by."""
+    with _readable_errors():
+        import torch
+
+        from zipvl_compile.report.machine import Speed, renewed
+        from zipvl_compile.report.machine_file import key_of, path, read
+
+        try:
+            where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device: expected one of this machine, got {device!r}. Leave it out.") from error
+        for name in dtype or ["float32", "bfloat16"]:
+            kind = getattr(torch, name, None)
+            if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+                raise ValueError(f"--dtype: expected one such as bfloat16, got {name!r}.")
+            key = key_of(where, kind)
+            entry = read(key)
+            old = entry and Speed(key, entry.speed, entry.origin, path())
+            if show:
+                typer.echo(old or f"Nothing is known of {key}; it would be in {path()}.")
+                continue
+            if old:
+                typer.echo(f"was: {old}")
+            typer.echo(renewed(where, kind))
+
+
 def _check_output(output: Path) -> None:
-    """Complain before the minutes of compiling, not after them."""
+    """Complain before anything is loaded and compiled, not after it."""
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--output: expected a .png, .pdf or .svg file, got {str(output)!r}. Rename it.")
     output.parent.mkdir(parents=True, exist_ok=True)
+    there = output.exists()
+    if output.is_dir() or not os.access(output if there else output.parent, os.W_OK):
+        raise ValueError(f"--output: expected a file that can be written, got {str(output)!r}. Name another one.")
+
+
+def _parse_options(texts: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in map(_parse_option, texts):
+        if name in options:
+            raise ValueError(f"--option: expected every name once, got {name!r} twice. Leave one out.")
+        options[name] = value
+    return options
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""Dense and zipvl side by side: one model's weights, compiled twice, the same prompts, interleaved."""
+"""Dense and zipvl side by side: one model's weights, compiled several times, the same prompts, interleaved."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from transformers.cache_utils import Cache
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.cache.kept_tokens import kept_tokens
+from zipvl_compile.dynamo import raise_recompile_limit
+from zipvl_compile.passes.match.outcome import SiteOutcome
+from zipvl_compile.report.compile_report import CompileReport
+from zipvl_compile.report.explain import OwnOptions
 
 Inputs = Mapping[str, torch.Tensor]
+RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,11 @@ class Answer:
         text: the new tokens, decoded.
         prompt_length: of the prompt (tokens).
         kept: kept prompt positions of each cache layer, int64 `[P]`; None for layers of another kind.
+        kinds: of each cache layer, for people: "full attention", "sliding window", ...
         first_token: time to the first new token: vision tower, prefill and what `generate` adds (seconds).
         per_token: mean time of the later ones (seconds), None if there were none.
         kv_used: bytes of the cached keys and values at the end.
         kv_allocated: bytes of the memory behind them, spare rows included.
-        compacted: whether the prefill ran through zipvl.
     """
 
     text: str
@@ -42,19 +47,29 @@ class Answer:
     per_token: float | None
     kv_used: int
     kv_allocated: int
-    compacted: bool
+    kinds: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Comparison:
-    """Answers to the same prompts, in the same order, of the dense and of the zipvl model."""
+    """Answers to the same prompts, in the same order, by the name of who gave them: "dense" first, zipvl after it.
 
-    dense: list[Answer] = field(default_factory=list)
-    sparse: list[Answer] = field(default_factory=list)
+    The last of them is the one that is shown and judged.
+    """
+
+    answers: dict[str, list[Answer]]
+
+    @property
+    def dense(self) -> list[Answer]:
+        return self.answers["dense"]
+
+    @property
+    def sparse(self) -> list[Answer]:
+        return list(self.answers.values())[-1]
 
     @property
     def same(self) -> list[bool]:
-        """Return, per prompt, whether the two answers are the same text."""
+        """Return, per prompt, whether the last answer is the text of the dense one."""
         return [a.text == b.text for a, b in zip(self.dense, self.sparse, strict=True)]
 
     @property
@@ -90,22 +105,27 @@ def now() -> float:
     return time.perf_counter()
 
 
-def compiled_pair(
-    model: torch.nn.Module, options: Mapping[str, Any], inner: str = "inductor", dynamic: bool | None = None
-) -> tuple[Any, Any]:
-    """Return a dense and a zipvl model, compiled in place, that share the weights of `model`.
+def compiled_copy(
+    model: torch.nn.Module, options: Mapping[str, Any] | None, inner: str = "inductor", dynamic: bool | None = None
+) -> Any:
+    """Return a copy of a model that shares its weights, compiled in place.
+
+    Whichever is compiled first, the recompile limit of Dynamo, which copies share, is the same for all.
 
     Args:
-        model: becomes the dense one.
-        options: of the zipvl backend.
-        inner: compiler of both: "inductor", "aot_eager" or "eager".
-        dynamic: of `torch.compile`, for both.
+        model: stays as it is.
+        options: of the zipvl backend; None compiles without zipvl.
+        inner: the compiler: "inductor", "aot_eager" or "eager".
+        dynamic: of `torch.compile`.
     """
+    raise_recompile_limit(RECOMPILE_LIMIT)
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    sparse = copy.deepcopy(model, weights)
-    sparse.compile(backend="zipvl", options={**options, "inner": inner}, dynamic=dynamic)
-    model.compile(backend=inner, dynamic=dynamic)
-    return model, sparse
+    copied = copy.deepcopy(model, weights)
+    if options is None:
+        copied.compile(backend=inner, dynamic=dynamic)
+    else:
+        copied.compile(backend="zipvl", options=OwnOptions({**options, "inner": inner}), dynamic=dynamic)
+    return copied
 
 
 def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
@@ -140,8 +160,22 @@ def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_
         per_token=(later[-1] - first) / len(later) if later else None,
         kv_used=_kv_bytes(cache, allocated=False),
         kv_allocated=_kv_bytes(cache, allocated=True),
-        compacted=any(isinstance(layer, CompactLayer) and layer.positions is not None for layer in cache.layers),
+        kinds=[_kind(layer) for layer in cache.layers],
     )
+
+
+def _kind(layer: Any) -> str:
+    """Return what a cache layer is for, for people."""
+    if isinstance(layer, CompactLayer):
+        return "full attention"
+    name = type(layer).__name__
+    known = {
+        "Sliding": "sliding window",
+        "LinearAttention": "linear attention",
+        "Quantized": "quantized",
+        "Static": "static",
+    }
+    return next((words for part, words in known.items() if part in name), name)
 
 
 def _kv_bytes(cache: Cache, allocated: bool) -> int:
@@ -156,34 +190,36 @@ def warm_up(model: Any, processor: Any, prompts: Sequence[Inputs]) -> Answer:
     return [answer(model, processor, prompt, 4, min_new_tokens=4) for prompt in by_length.values()][-1]
 
 
-def check_compacted(model: Any, warm: Answer) -> None:
-    """Make sure that zipvl took part.
+def reached(model: Any, reports: Sequence[CompileReport]) -> list[SiteOutcome]:
+    """Return what became of every attention of the prompts, by the reports of their compiles.
 
     Raises:
-        ValueError: no layer's cache went through zipvl.
+        ValueError: zipvl took no part.
     """
-    if not warm.compacted:
+    sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
+    if not sites:
         raise ValueError(
             f"model: expected one whose prefill model.compile(backend='zipvl') reaches, got {type(model).__name__}, "
             "where it reached none. `zipvl explain` lists what it would do; models that hand over to an inner "
             "model's generate need model.language_model.compile(backend='zipvl')."
         )
+    return sites
 
 
 def compare(
-    dense: Any,
-    sparse: Any,
+    models: Mapping[str, Any],
     processor: Any,
     prompts: Sequence[Inputs],
     max_new_tokens: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Answer every prompt with both models, which take turns in going first; call `advance` after each prompt."""
-    result = Comparison()
+    """Answer every prompt with all models, which take turns in going first; call `advance` after each prompt."""
+    result = Comparison({name: [] for name in models})
     for i, prompt in enumerate(prompts):
-        turns = [(dense, result.dense), (sparse, result.sparse)]
-        for model, answers in turns if i % 2 == 0 else turns[::-1]:
-            answers.append(answer(model, processor, prompt, max_new_tokens))
+        turns = list(models.items())
+        first = i % len(turns)
+        for name, model in turns[first:] + turns[:first]:
+            result.answers[name].append(answer(model, processor, prompt, max_new_tokens))
         advance()
     return result
 

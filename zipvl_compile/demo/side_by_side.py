@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from zipvl_compile.demo import tables
-from zipvl_compile.demo.compare import Answer, Comparison, check_compacted, compare, compiled_pair, warm_up
+from zipvl_compile.demo.compare import Answer, Comparison, compare, compiled_copy, reached, warm_up
 from zipvl_compile.demo.plots import draw_kept_patches, draw_kept_strips
 from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs
 from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
 from zipvl_compile.demo.tiny_lvlm.evaluate import DemoQuestion, exact_match, questions_for_demo
-from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.report.compile_report import collect, left_dense
 
 #: Fewer identical answers than this on the bundled model is a failure.
 LEAST_AGREEMENT = 0.98
@@ -27,9 +27,6 @@ MAX_NEW_TOKENS = 8
 #: Repetitions for the times of a single prompt.
 REPEATS = 5
 EXAMPLES = 6
-SHORT_PROMPTS = (
-    "min_tokens=0, because these prompts have about {n} tokens: by default, prompts too short to gain time stay dense."
-)
 SMALL_MODEL = (
     "About the times: with {millions:.1f} M parameters and {n} tokens, attention is a small part of the work, and "
     "choosing tokens costs time too. `make bench` measures prompts that are long enough for speed to show."
@@ -38,15 +35,26 @@ SMALL_MODEL = (
 
 @dataclass(frozen=True)
 class Setup:
-    """How a demo runs: `tau` of zipvl, the inner compiler of both models, the PNG to write."""
+    """How a demo runs.
 
-    tau: float = ZipVLOptions.tau
+    Attributes:
+        options: of zipvl that were chosen; what they do is shown beside the defaults.
+        inner: the compiler of all models.
+        output: the picture to write.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
     inner: str = "inductor"
     output: Path = Path("demo.png")
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"min_tokens": 0} if self.tau == Setup.tau else {"min_tokens": 0, "tau": self.tau}
+    def chosen(self, left_dense: bool) -> dict[str, Any] | None:
+        """Return the options to show beside the defaults, or None where those show all.
+
+        Args:
+            left_dense: the defaults leave the prompts dense, so that only `min_tokens=0` shows what zipvl does.
+        """
+        options = {"min_tokens": 0, **self.options} if left_dense else self.options
+        return options or None
 
 
 def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int = 0) -> int:
@@ -59,7 +67,8 @@ def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int 
         seed: of the questions.
 
     Returns:
-        0, or 1 if fewer than `LEAST_AGREEMENT` of the answers are the same with and without zipvl.
+        0, or 1 if without options fewer than `LEAST_AGREEMENT` of the answers are the same with and without zipvl;
+        with options, how many are is what the user wants to see.
 
     Raises:
         ValueError: the trained model is not there.
@@ -74,29 +83,26 @@ def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int 
     _say(
         console, f"zipvl demo: {len(asked)} held-out questions to the bundled {millions:.1f} M parameter LLaVA", "bold"
     )
-    _explain_setup(console, setup, n)
-    # The prompts differ by a word or two: without dynamic=True, both models would compile for one length first.
+    # The prompts differ by a word or two: without dynamic=True, the models would compile for one length first.
     result = _measure(console, setup, model, processor, prompts, prompts, MAX_NEW_TOKENS, dynamic=True)
-    dense, sparse = (
-        [exact_match(a.text, question.answer) for a, question in zip(answers, asked, strict=True)]
-        for answers in (result.dense, result.sparse)
-    )
-    console.print(tables.accuracy([question.kind for question in asked], dense, sparse, result.same))
+    right = {
+        name: [exact_match(a.text, question.answer) for a, question in zip(answers, asked, strict=True)]
+        for name, answers in result.answers.items()
+    }
+    console.print(tables.accuracy([question.kind for question in asked], right, result.same))
     _print_costs(console, result)
-    console.print(tables.examples(_examples(asked, result)))
+    console.print(tables.examples(list(result.answers), _examples(asked, result)))
     # The question that needs the most patches shows best what is kept.
     shown = max(range(len(asked)), key=lambda i: (asked[i].kind == "read_all", len(asked[i].answer)))
     picture, question = asked[shown].image, _words(asked[shown])
     _draw(console, setup, model, processor, prompts[shown], picture, question, result.sparse[shown])
     _say(console, SMALL_MODEL.format(millions=millions, n=n))
-    if result.agreement < LEAST_AGREEMENT:
-        differ = len(result.same) - sum(result.same)
-        _say(
-            console,
-            f"FAILED: {differ} of {len(asked)} answers differ between dense and zipvl: {result.agreement:.1%} agree, "
-            f"at least {LEAST_AGREEMENT:.0%} should.",
-            "bold red",
-        )
+    differ = f"{len(result.same) - sum(result.same)} of {len(asked)} answers differ between dense and zipvl"
+    if setup.options:
+        _say(console, f"{differ} with these options.")
+    elif result.agreement < LEAST_AGREEMENT:
+        agree = f"{result.agreement:.1%} agree, at least {LEAST_AGREEMENT:.0%} should"
+        _say(console, f"FAILED: {differ}: {agree}.", "bold red")
         return 1
     return 0
 
@@ -123,22 +129,14 @@ def run_custom(
     inputs = prompt_inputs(processor, image, prompt, model.device)
     n = inputs["input_ids"].shape[1]
     _say(console, f"zipvl demo: {name} on {model.device}, a prompt of {n} tokens", "bold")
-    _explain_setup(console, setup, n)
     result = _measure(console, setup, model, processor, [inputs], [inputs] * REPEATS, max_new_tokens, dynamic=None)
-    for label, answers in (("dense", result.dense), ("zipvl", result.sparse)):
+    for label, answers in result.answers.items():
         console.print(f"[bold]{label}[/bold] ", end="")
         _say(console, answers[0].text)
     _say(console, "The answers are the same." if result.same[0] else "The answers differ.", "dim")
     _print_costs(console, result)
     _draw(console, setup, model, processor, inputs, image, prompt, result.sparse[0])
     return 0
-
-
-def _explain_setup(console: Console, setup: Setup, n: int) -> None:
-    _say(console, f'  dense   model.compile(backend="{setup.inner}")')
-    options = setup.options if setup.inner == "inductor" else {**setup.options, "inner": setup.inner}
-    _say(console, f'  zipvl   model.compile(backend="zipvl", options={options})'.replace("'", '"'))
-    _say(console, SHORT_PROMPTS.format(n=n), "dim")
 
 
 def _measure(
@@ -151,18 +149,41 @@ def _measure(
     max_new_tokens: int,
     dynamic: bool | None,
 ) -> Comparison:
-    """Compile both models, then answer `prompts` with both, under progress bars."""
-    dense, sparse = compiled_pair(model, setup.options, setup.inner, dynamic)
+    """Compile dense, zipvl as it is by default, and zipvl with the chosen options; answer `prompts` with all."""
+    models: dict[str, Any] = {}
+
+    def add(name: str, options: dict[str, Any] | None) -> str | None:
+        """Compile one model; return what zipvl says of prompts that it leaves dense."""
+        models[name] = compiled_copy(model, options, setup.inner, dynamic)
+        with _progress(console) as progress, collect() as reports:
+            task = progress.add_task(f"compiling {name}", total=None)
+            warm_up(models[name], processor, warm_prompts)
+            progress.update(task, total=1, completed=1)
+        if options is None:
+            return None
+        return left_dense(site.reason for site in reached(model, reports))
+
+    _say(console, f'  dense   model.compile(backend="{setup.inner}")')
+    add("dense", None)
+    _say_options(console, setup, "zipvl", {})
+    dense = add("zipvl", {})
+    if dense is not None:
+        _say(console, f"          By default, {dense}", "dim")
+    chosen = setup.chosen(dense is not None)
+    if chosen is not None:
+        _say_options(console, setup, "chosen", chosen)
+        dense = add("chosen", chosen)
+        if dense is not None:
+            _say(console, f"          With these options, {dense}", "dim")
     with _progress(console) as progress:
-        # zipvl first: it raises Dynamo's recompile limit, which the two models share.
-        task = progress.add_task("compiling zipvl", total=None)
-        check_compacted(sparse, warm_up(sparse, processor, warm_prompts))
-        progress.update(task, total=1, completed=1)
-        task = progress.add_task("compiling dense", total=None)
-        warm_up(dense, processor, warm_prompts)
-        progress.update(task, total=1, completed=1)
-        task = progress.add_task("answering with both", total=len(prompts))
-        return compare(dense, sparse, processor, prompts, max_new_tokens, lambda: progress.advance(task))
+        task = progress.add_task("answering in turns", total=len(prompts))
+        return compare(models, processor, prompts, max_new_tokens, lambda: progress.advance(task))
+
+
+def _say_options(console: Console, setup: Setup, name: str, options: dict[str, Any]) -> None:
+    given = options if setup.inner == "inductor" else {**options, "inner": setup.inner}
+    said = f", options={given}" if given else ""
+    _say(console, f'  {name:7} model.compile(backend="zipvl"{said})'.replace("'", '"'))
 
 
 @contextlib.contextmanager
@@ -183,13 +204,13 @@ def _print_costs(console: Console, result: Comparison) -> None:
     console.print(tables.costs(result))
 
 
-def _examples(asked: list[DemoQuestion], result: Comparison) -> list[tuple[str, str, str, str]]:
-    """Return a few questions with the right, the dense and the zipvl answer: those that differ, then one per kind."""
-    rows: dict[str, tuple[str, str, str, str]] = {}
-    for question, dense, sparse in zip(asked, result.dense, result.sparse, strict=True):
-        row = (_words(question), question.answer, dense.text, sparse.text)
-        rows.setdefault(question.kind if dense.text == sparse.text else f"differs {len(rows)}", row)
-    return sorted(rows.values(), key=lambda row: row[2] == row[3])[:EXAMPLES]
+def _examples(asked: list[DemoQuestion], result: Comparison) -> list[tuple[str, ...]]:
+    """Return a few questions with the right answer and those of every model: those that differ, then one per kind."""
+    rows: dict[str, tuple[str, ...]] = {}
+    for i, question in enumerate(asked):
+        row = (_words(question), question.answer, *(answers[i].text for answers in result.answers.values()))
+        rows.setdefault(question.kind if result.same[i] else f"differs {len(rows)}", row)
+    return sorted(rows.values(), key=lambda row: row[2] == row[-1])[:EXAMPLES]
 
 
 def _words(question: DemoQuestion) -> str:
@@ -207,7 +228,10 @@ def _draw(
     answer: Answer,
 ) -> None:
     kept = {layer: positions for layer, positions in enumerate(answer.kept) if positions is not None}
-    title = f"{question} {answer.text}\nPale patches were dropped (tau = {setup.tau:g})."
+    title = f"{question} {answer.text}\nWhat was dropped is pale."
+    if not kept:
+        _say(console, "No layer has a cache of which zipvl could keep a part: no picture.")
+        return
     view, grid = model_view(processor, inputs, image), patch_grid(model.config, inputs)
     if grid is None:
         draw_kept_strips(setup.output, view, kept, answer.prompt_length, title)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from zipvl_compile.demo.compare import Comparison, medians
@@ -19,60 +20,62 @@ def _table(title: str, *headers: str) -> Table:
     return table
 
 
-def accuracy(kinds: Sequence[str], dense: Sequence[bool], sparse: Sequence[bool], same: Sequence[bool]) -> Table:
+def accuracy(kinds: Sequence[str], right: Mapping[str, Sequence[bool]], same: Sequence[bool]) -> Table:
     """Right answers per kind of question.
 
     Args:
         kinds: of every question.
-        dense, sparse: whether each answer is right.
-        same: whether the two answers of each question are identical.
+        right: whether each answer is right, by the name of who gave it.
+        same: whether the first and the last answer of each question are identical.
     """
-    table = _table("Right answers", "kind of question", "questions", "dense", "zipvl", "same answer")
+    table = _table("Right answers", "kind of question", "questions", *right, "same answer")
     for kind in dict.fromkeys(kinds):
         chosen = [i for i, other in enumerate(kinds) if other == kind]
-        shares = [f"{mean(values[i] for i in chosen):.1%}" for values in (dense, sparse, same)]
+        shares = [f"{mean(values[i] for i in chosen):.1%}" for values in (*right.values(), same)]
         table.add_row(kind.replace("_", " "), str(len(chosen)), *shares)
     table.add_section()
-    table.add_row("all", str(len(kinds)), *(f"{mean(values):.1%}" for values in (dense, sparse, same)), style="bold")
+    table.add_row("all", str(len(kinds)), *(f"{mean(values):.1%}" for values in (*right.values(), same)), style="bold")
     return table
 
 
 def kept(result: Comparison) -> Table:
-    """Kept prompt tokens per decoder layer, means over the prompts."""
-    table = _table("Kept prompt tokens (means)", "decoder layer", "tokens", "of prompt")
-    rows = result.kept_per_layer()
+    """Kept prompt tokens per decoder layer, means over the prompts; layers of another kind by their names."""
+    name = list(result.answers)[-1]
+    table = _table(f"Kept prompt tokens of {name} (means)", "decoder layer", "tokens", "of prompt")
+    rows, kinds = result.kept_per_layer(), result.sparse[0].kinds
     for layer, row in enumerate(rows):
-        table.add_row(str(layer), *(("other cache", "") if row is None else (f"{row[0]:.1f}", f"{row[1]:.1%}")))
+        table.add_row(str(layer), *((kinds[layer], "") if row is None else (f"{row[0]:.1f}", f"{row[1]:.1%}")))
     known = [row for row in rows if row is not None]
-    table.add_section()
-    table.add_row("mean", f"{mean(r[0] for r in known):.1f}", f"{mean(r[1] for r in known):.1%}", style="bold")
+    if known:
+        table.add_section()
+        table.add_row("mean", f"{mean(r[0] for r in known):.1f}", f"{mean(r[1] for r in known):.1%}", style="bold")
     return table
 
 
 def costs(result: Comparison) -> Table:
-    """KV-cache memory (means) and time (medians) of both models, and zipvl over dense."""
-    table = _table("Memory (means) and time (medians, taken in turns)", "", "dense", "zipvl", "zipvl / dense")
+    """KV-cache memory (means) and time (medians) of every model, and how many times that of dense."""
+    table = _table("Memory (means) and time (medians, taken in turns)", "", *result.answers)
 
-    def memory(name: str, size: str) -> None:
-        dense, sparse = (mean(getattr(a, size) for a in answers) for answers in (result.dense, result.sparse))
-        table.add_row(name, _bytes(dense), _bytes(sparse), f"{sparse / dense:.2f}")
+    def row(name: str, values: list[float], shown: Callable[[float], str]) -> None:
+        first, *others = values
+        table.add_row(name, shown(first), *(f"{shown(value)} ({value / first:.2f}x)" for value in others))
 
-    memory("KV cache: tokens in use", "kv_used")
-    memory("KV cache: allocated, with headroom", "kv_allocated")
-    (first, later), (sparse_first, sparse_later) = medians(result.dense), medians(result.sparse)
-    table.add_row("prefill: time to first token", _ms(first), _ms(sparse_first), f"{sparse_first / first:.2f}")
-    if later is not None and sparse_later is not None:
-        table.add_row("decode: time per further token", _ms(later), _ms(sparse_later), f"{sparse_later / later:.2f}")
+    for name, size in (("KV cache in use", "kv_used"), ("KV cache with headroom", "kv_allocated")):
+        row(name, [mean(getattr(a, size) for a in answers) for answers in result.answers.values()], _bytes)
+    firsts, laters = zip(*(medians(answers) for answers in result.answers.values()), strict=True)
+    row("prefill: first token", list(firsts), _ms)
+    if None not in laters:
+        row("decode: further token", list(laters), _ms)
     return table
 
 
-def examples(rows: Sequence[tuple[str, str, str, str]]) -> Table:
-    """Questions with the right answer and the answers of both models."""
+def examples(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Questions with the right answer and the answers of every model."""
     table = Table(title="Examples", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for header in ("question", "right", "dense", "zipvl"):
+    for header in ("question", "right", *names):
         table.add_column(header, overflow="fold")
     for row in rows:
-        table.add_row(*row, style=None if row[2] == row[3] else "yellow")
+        table.add_row(*map(escape, row), style=None if row[2] == row[-1] else "yellow")
     return table
 
 

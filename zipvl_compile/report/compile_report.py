@@ -96,10 +96,12 @@ def left_dense(reasons: Iterable[Reason | None]) -> str | None:
     if not lengths:
         return None
     if min(lengths) >= NEVER:
-        return "this prompt stays dense, and longer ones would, too: keeping so many tokens gains no time at any length."
+        return (
+            "this prompt stays dense, and longer ones would, too: keeping so many tokens gains no time at any length."
+        )
     return (
-        f"this prompt stays dense, as all of fewer than {min(lengths)} tokens do (option min_tokens, by default where no "
-        "time would be gained); options={'min_tokens': 0} compacts them all the same."
+        f"this prompt stays dense, as all of fewer than {min(lengths)} tokens do (option min_tokens, by default where "
+        "no time would be gained); options={'min_tokens': 0} compacts them all the same."
     )
 
 

@@ -73,7 +73,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     return Explanation(_with_pruned(rows, pruned), prompt_length, notes)
 
 
-class _OwnOptions(dict):
+class OwnOptions(dict):
     """Options that equal nothing else: Dynamo reuses compiled code for an equal backend with equal options, and then
     no report is made."""
 
@@ -85,7 +85,7 @@ class _OwnOptions(dict):
 
 def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `torch.compile` that keep this compile apart from those of the user's model."""
-    arguments: dict[str, Any] = {"options": _OwnOptions(options)}
+    arguments: dict[str, Any] = {"options": OwnOptions(options)}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
         arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
     return arguments

@@ -245,7 +245,7 @@ def _device_times(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def _times(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Return the least time of each run in seconds, which other load disturbs least; they run in turn, once to warm up."""
+    """Return the least time of each run in seconds, which other load disturbs least; they run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(_ROUNDS + 1):
         for name, run in runs.items():

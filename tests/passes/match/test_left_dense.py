@@ -21,9 +21,7 @@ FULL, STATIC = str(left_dense.FULL_CACHE), str(left_dense.STATIC_CACHE)
 
 def reported(recorder):
     """Return kind and reason of everything that stayed dense, whichever pass said so."""
-    return sorted(
-        (site.kind, site.reason) for site in recorder.noted() if not site.rewritten
-    )
+    return sorted((site.kind, site.reason) for site in recorder.noted() if not site.rewritten)
 
 
 def matmul_attention(q, k, v):

@@ -1,5 +1,6 @@
 """The command line on a tiny untrained LLaVA: what it prints, what it draws, and how it fails."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from zipvl_compile import __version__
 from zipvl_compile.demo import side_by_side as demo
 from zipvl_compile.demo.cli import app
+from zipvl_compile.report import machine
+from zipvl_compile.report.known_machines import CPU
 
 LAYERS = 2
 runner = CliRunner()
@@ -47,11 +50,13 @@ def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CHECKPOINT", folder)
     output = tmp_path / "made" / "demo.png"
     # tau = 1 keeps every token, so even random weights must give the same answers.
-    result = run("demo", "--questions", 4, "--tau", 1.0, "--inner", "eager", "--output", output)
+    given = ("--tau", 1.0, "--option", "min_tokens=0", "--option", "queries=all")
+    result = run("demo", "--questions", 4, *given, "--inner", "eager", "--output", output)
     assert result.exit_code == 0, result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
     for text in (
         "min_tokens",
+        "By default, this prompt stays dense",
         "Right answers",
         "Kept prompt tokens",
         "100.0%",
@@ -60,7 +65,7 @@ def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
         "decode",
         "make bench",
     ):
-        assert text in result.output
+        assert text in " ".join(result.output.split()), text
     width, height = Image.open(output).size
     assert width > 2 * height > 0  # the image and one panel per layer, side by side
 
@@ -84,12 +89,56 @@ def test_demo_of_another_model(folder, picture, tmp_path):
         (("demo", "--tau", "0"), ("'tau'", "fraction in (0, 1]")),
         (("demo", "--model", "x"), ("--image",)),
         (("demo", "--image", "x.png"), ("--model",)),
+        (("demo", "--tau", "0.9", "--option", "tau=0.8"), ("'tau' twice",)),
+        (("demo", "--option", "taau=0.8"), ("Did you mean 'tau'",)),
         (("demo", "--output", "x.txt"), (".png", "x.txt")),
+        (("demo", "--model", "x", "--tau", "0", "--output", "x.txt"), (".png", "x.txt")),
+        (("measure", "--dtype", "int8"), ("--dtype", "int8")),
+        (("measure", "--device", "abacus"), ("abacus",)),
     ],
-    ids=["path", "option-form", "option-value", "image", "device", "tau", "no-image", "no-model", "output"],
+    ids=[
+        "path",
+        "option-form",
+        "option-value",
+        "image",
+        "device",
+        "tau",
+        "no-image",
+        "no-model",
+        "twice",
+        "option-name",
+        "output",
+        "output-first",
+        "dtype",
+        "no-device",
+    ],
 )
 def test_errors_are_one_line(arguments, words):
     fails_in_one_line(run(*arguments), *words)
+
+
+def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    fails_in_one_line(run("demo", "--output", tmp_path / "x.png"), "can be written", "x.png")
+
+
+def test_measure_shows_and_renews(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZIPVL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(machine, "_measure", lambda *given: dataclasses.replace(CPU, site=2.0))
+    asked = ("measure", "--device", "cpu", "--dtype", "float32")
+    assert "Nothing is known of" in run(*asked, "--show").output
+    first = run(*asked)
+    assert first.exit_code == 0 and "site 2," in first.output and str(tmp_path / "machines.json") in first.output
+    monkeypatch.setattr(machine, "_measure", lambda *given: dataclasses.replace(CPU, site=4.0))
+    assert run(*asked, "--show").output == first.output
+    second = run(*asked).output.splitlines()
+    assert second[0] == "was: " + first.output.strip() and "site 4," in second[1] and len(second) == 2
+
+
+def test_measure_without_a_place_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZIPVL_CACHE_DIR", str(tmp_path / "file"))
+    fails_in_one_line(run("measure", "--device", "cpu", "--dtype", "float32"), "cannot be written")
 
 
 def test_missing_checkpoint_names_the_remedy(tmp_path, monkeypatch):

@@ -25,14 +25,24 @@ def rows(table):
 
 
 def made(kept, first, later, used):
-    return Answer("x", 100, [torch.arange(n) for n in kept], first, later, used, 2 * used, True)
+    return Answer("x", 100, [torch.arange(n) for n in kept], first, later, used, 2 * used)
 
 
-RESULT = Comparison([made((100, 100), 0.2, 0.01, 4_000_000)], [made((40, 60), 0.1, None, 2_000)])
+RESULT = Comparison(
+    {
+        "dense": [made((100, 100), 0.2, 0.01, 4_000_000)],
+        "zipvl": [made((100, 100), 0.2, 0.01, 4_000_000)],
+        "chosen": [made((40, 60), 0.1, None, 2_000_000)],
+    }
+)
 
 
 def test_accuracy_per_kind_and_of_all():
-    found = rows(tables.accuracy(["a_b", "c", "a_b"], [True, True, False], [True, False, False], [True, False, True]))
+    found = rows(
+        tables.accuracy(
+            ["a_b", "c", "a_b"], {"dense": [True, True, False], "zipvl": [True, False, False]}, [True, False, True]
+        )
+    )
     assert ["a", "b", "2", "50.0%", "50.0%", "100.0%"] in found
     assert ["c", "1", "100.0%", "0.0%", "0.0%"] in found
     assert ["all", "3", "66.7%", "33.3%", "66.7%"] in found
@@ -44,16 +54,23 @@ def test_kept_tokens_per_layer_and_their_mean():
 
 
 def test_a_layer_of_another_kind_is_named():
-    other = Comparison(sparse=[Answer("x", 10, [None, torch.arange(5)], 1, None, 1, 1, True)])
-    assert "other cache" in text(tables.kept(other))
+    """And where no layer kept a part of its tokens, there is no mean of them."""
+    kinds = ["sliding window", "full attention"]
+    other = Comparison({"zipvl": [Answer("x", 10, [None, torch.arange(5)], 1, None, 1, 1, kinds)]})
+    assert ["0", "sliding", "window"] in rows(tables.kept(other)) and "mean" in text(tables.kept(other)).split()
+    windows = Comparison({"zipvl": [Answer("x", 10, [None], 1, None, 1, 1, kinds[:1])]})
+    assert "sliding window" in text(tables.kept(windows)) and "mean" not in text(tables.kept(windows)).split()
 
 
 def test_costs_with_their_ratios():
     found = text(tables.costs(RESULT))
-    assert "4.0 MB" in found and "2.0 kB" in found and "200.0 ms" in found and "0.50" in found
-    assert "decode" not in found, "one of the two made no further token"
+    assert (
+        "4.0 MB (1.00x)" in found and "2.0 MB (0.50x)" in found and "200.0 ms" in found and "100.0 ms (0.50x)" in found
+    )
+    assert "decode" not in found, "one of them made no further token"
+    assert max(map(len, found.splitlines())) <= 80
 
 
-def test_examples_fit_the_terminal():
-    found = text(tables.examples([("what ? " * 20, "7", "7", "8")]))
-    assert "right" in found and all(len(line) <= 80 for line in found.splitlines())
+def test_examples_fit_the_terminal_and_are_shown_as_they_are():
+    found = text(tables.examples(["dense", "zipvl"], [("what ? " * 20, "7", "[bold]", "8")]))
+    assert "right" in found and "[bold]" in found and all(len(line) <= 80 for line in found.splitlines())
