@@ -76,13 +76,13 @@ class Entry:
 
 def key_of(device: torch.device, dtype: torch.dtype) -> Key:
     """Return what the speed of a device for tensors of a dtype depends on."""
-    versions = {"dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "triton": _version("triton")}
-    cpu = _cpu()
+    name, cpu = str(dtype).removeprefix("torch."), _cpu()
+    versions = (torch.__version__, _version("triton"))
     if device.type != "cuda":
         capability = torch.backends.cpu.get_cpu_capability()
-        return Key(cpu, "", capability, os.cpu_count() or 1, torch.get_num_threads(), **versions)
+        return Key(cpu, "", capability, os.cpu_count() or 1, torch.get_num_threads(), name, *versions)
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return Key(torch.cuda.get_device_name(device), cpu, capability, 0, 0, **versions)
+    return Key(torch.cuda.get_device_name(device), cpu, capability, 0, 0, name, *versions)
 
 
 def _version(package: str) -> str:
