@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_llava import compiled, inputs, model
 
-from zipvl_compile.cache.compact_layer import spare_tokens
+from zipvl_compile.cache.buffers import spare_tokens
 from zipvl_compile.demo import compare as module
 from zipvl_compile.demo.compare import (
     Answer,
