@@ -84,12 +84,15 @@ def models(request):
     torch.cuda.empty_cache()
     model = llava_next(SIZES[request.param])
     options = {"keep_ratio": KEEP_RATIO, "min_tokens": 0}
-    yield request.param, {
-        "dense": torch.compile(model, backend="inductor", dynamic=True),
-        "dense causal": torch.compile(without_mask(model), backend="inductor", dynamic=True),
-        "zipvl": torch.compile(model, backend="zipvl", options=options, dynamic=True),
-        "zipvl exact": torch.compile(model, backend="zipvl", options={"min_tokens": 1 << 40}, dynamic=True),
-    }
+    yield (
+        request.param,
+        {
+            "dense": torch.compile(model, backend="inductor", dynamic=True),
+            "dense causal": torch.compile(without_mask(model), backend="inductor", dynamic=True),
+            "zipvl": torch.compile(model, backend="zipvl", options=options, dynamic=True),
+            "zipvl exact": torch.compile(model, backend="zipvl", options={"min_tokens": 1 << 40}, dynamic=True),
+        },
+    )
 
 
 @pytest.mark.parametrize("n", LENGTHS)

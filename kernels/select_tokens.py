@@ -184,8 +184,15 @@ def _best_tokens_triton(accumulated: torch.Tensor, visible: torch.Tensor, p: int
     batch, groups, n = accumulated.shape
     out = torch.empty(batch, groups, p, dtype=torch.int64, device=accumulated.device)
     launchable(_best_tokens_kernel, accumulated)[(batch * groups,)](
-        accumulated.contiguous(), visible.contiguous(), out, n, p, keep_recent, GROUPS=groups,
-        STEP=min(triton.next_power_of_2(n), STEP), **_tiling(n),
+        accumulated.contiguous(),
+        visible.contiguous(),
+        out,
+        n,
+        p,
+        keep_recent,
+        GROUPS=groups,
+        STEP=min(triton.next_power_of_2(n), STEP),
+        **_tiling(n),
     )
     return out
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from torch.fx import Graph
 
+from zipvl_compile.cache.uneven import check_layers_agree
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -114,10 +115,15 @@ def settings_of(options: ZipVLOptions) -> Settings:
 
 
 def rewrite(graph: Graph, settings: Settings, passes: tuple[Row, ...] | None = None) -> Rewritten:
-    """Run the passes (`PIPELINE` unless others are given) over a Dynamo graph; what comes back replaces the graph."""
+    """Run the passes (`PIPELINE` unless others are given) over a Dynamo graph; what comes back replaces the graph.
+
+    Raises:
+        UnevenCacheError: the graph reads a cache that an interrupted forward left uneven.
+    """
     done = Rewritten(graph, Sites())
     dump = _Dump()
     _run(done, "match", _match)
+    check_layers_agree(done.sites)
     for row in PIPELINE if passes is None else passes:
         dump.write(done.graph, row.name, "before")
         _run(done, row.name, lambda done, row=row: row.apply(done.graph, done.sites, settings))  # type: ignore[misc]

@@ -70,9 +70,7 @@ class Reason:
         return self.text
 
 
-CROSS_ATTENTION = Reason(
-    Why.CROSS_ATTENTION, "cross-attention: queries and keys come from different hidden states"
-)
+CROSS_ATTENTION = Reason(Why.CROSS_ATTENTION, "cross-attention: queries and keys come from different hidden states")
 MISALIGNED_CAUSAL = Reason(Why.MISALIGNED_CAUSAL, "is_causal aligns queries with the first keys, not with the last")
 
 

@@ -1,8 +1,8 @@
 """Attention as one call: scaled_dot_product_attention, with K and V in every form of repeated heads.
 
-    sdpa(q, k, v, enable_gqa=True)                                            k [B, Hkv, n, D]
-    sdpa(q, reshape(expand(k[:, :, None], g)), reshape(expand(v[:, :, None], g)))
-    sdpa(q, repeat_interleave(k, g, dim=1), repeat_interleave(v, g, dim=1))
+sdpa(q, k, v, enable_gqa=True)                                            k [B, Hkv, n, D]
+sdpa(q, reshape(expand(k[:, :, None], g)), reshape(expand(v[:, :, None], g)))
+sdpa(q, repeat_interleave(k, g, dim=1), repeat_interleave(v, g, dim=1))
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every attention of a graph, matched once; the passes read its site and write into it what became of it.
 
-    graph ──> match ──> Sites(prefill, decode, others) ──> pass after pass ──> outcomes of the report
+graph ──> match ──> Sites(prefill, decode, others) ──> pass after pass ──> outcomes of the report
 """
 
 from __future__ import annotations

@@ -315,9 +315,7 @@ def test_queries_of_the_kept_tokens_only(implementation, cases):
     positions = cases.choose(3, 1, 500, p)
     others = spared(k, positions), spared(v, positions), positions, mask
     rows = positions.unsqueeze(3).expand(-1, q.shape[1], -1, q.shape[3])
-    whole, few = (
-        implementation.run(sparse_attention, x, *others, is_causal=is_causal) for x in (q, q.gather(2, rows))
-    )
+    whole, few = (implementation.run(sparse_attention, x, *others, is_causal=is_causal) for x in (q, q.gather(2, rows)))
     assert torch.equal(few, whole.gather(2, rows[..., : v.shape[3]]))
 
 

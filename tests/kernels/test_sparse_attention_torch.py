@@ -7,7 +7,7 @@ import torch
 from support import compare_kernels
 from support.implementations import gpu_only
 
-from zipvl_compile.cache.compact_layer import spare_tokens
+from zipvl_compile.cache.buffers import spare_tokens
 from zipvl_compile.kernels.gather_tokens import gather_kv, gather_tokens
 from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, plan_length

@@ -1,39 +1,38 @@
 """The KV cache layer: a logical length for Hugging Face, the kept tokens in memory.
 
 Defining `CompactLayer` registers it with transformers, so that every `DynamicCache(config=...)` uses it for its
-full-attention layers, also the caches that `generate` and `forward` make. Outside the zipvl backend it behaves as
-transformers' `DynamicLayer` does.
+full-attention layers, also the caches that `generate` and `forward` make. Until a prompt runs through a model that is
+compiled for zipvl it is transformers' `DynamicLayer`: the same methods over the same two tensors, which alone say what
+it holds. A compacted layer keeps kept tokens with spare rows behind them, to which decoding appends in place.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager
+from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
+from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
+from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
 from zipvl_compile.dynamo import tracing_for_zipvl
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
 
 
-def spare_tokens(n: int) -> int:
-    """Return the room for decoding that a cache of `n` logical tokens gets: n / 16, from 32 to 1024 tokens.
-
-    It depends on the logical length only, so that the layers run out of room, and grow, at the same step.
-    """
-    return min(max(n // 16, 32), 1024)
-
-
 class CompactLayer(DynamicLayer):
     """Keys and values of one decoder layer, compacted after prefill.
 
     Attributes:
-        key_buffer, value_buffer: `[B, Hkv, capacity, D]`, or None before the first update. They hold the kept prompt
-            tokens, then every later token, then spare rows.
-        positions: int64 `[B, G, P]`, where the kept prompt tokens stood; None while the layer holds a plain full cache.
+        key_buffer, value_buffer: `[B, Hkv, capacity, D]`, or None before the first update. In a compacted layer they
+            hold the kept prompt tokens, then every later token, then spare rows; else every token and no more.
+        positions: int64 `[B, G, P]`, where the kept prompt tokens stood; None unless the layer is compacted.
         prompt_length: length of the compacted prompt (tokens).
-        cumulative_length: logical length (tokens), what `get_seq_length` reports.
+        cumulative_length: logical length of a compacted layer (tokens); 0 otherwise, where `keys` says it.
+        borrowed: whether others hold the rows of the buffers, too: they are copied before anything is written.
+        lent: whether a view of the rows in use was handed out: what `crop` frees must not be written over.
     """
 
     _layer_type = "full_attention"
@@ -42,50 +41,99 @@ class CompactLayer(DynamicLayer):
     positions: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
     cumulative_length: int = 0
+    borrowed: bool = False
+    lent: bool = False
 
     # transformers reads and assigns `keys` and `values`; they are the rows of the buffers that are in use.
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the cached keys `[B, Hkv, cached_length, D]`: kept prompt tokens, then every later token."""
-        if self.key_buffer is None:
-            return None  # type: ignore[return-value]
-        return self.key_buffer[:, :, : self.cached_length]
+        """Return the cached keys `[B, Hkv, cached_length, D]`: kept prompt tokens, then every later token.
+
+        Where tokens were dropped this is a `KeptTensor`, which knows it.
+        """
+        return self.key_buffer if self.positions is None else self._in_use(self.key_buffer)
 
     @keys.setter
     def keys(self, value: torch.Tensor) -> None:
-        self.key_buffer = value
+        self.key_buffer = value if self.positions is None else self._assigned("keys", value)
 
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the cached values `[B, Hkv, cached_length, Dv]`."""
-        if self.value_buffer is None:
-            return None  # type: ignore[return-value]
-        return self.value_buffer[:, :, : self.cached_length]
+        """Return the cached values `[B, Hkv, cached_length, Dv]`, as `keys`."""
+        return self.value_buffer if self.positions is None else self._in_use(self.value_buffer)
 
     @values.setter
     def values(self, value: torch.Tensor) -> None:
-        self.value_buffer = value
+        self.value_buffer = value if self.positions is None else self._assigned("values", value)
+
+    def _in_use(self, buffer: torch.Tensor) -> torch.Tensor:
+        rows = buffer[:, :, : self.cached_length]
+        if torch.compiler.is_compiling():
+            return rows
+        self.lent = True
+        return rows if self.holds_every_token else mark(rows, self._held())
+
+    def _held(self) -> Held:
+        return Held(self.positions, self.prompt_length, self.cumulative_length)
+
+    def _assigned(self, name: str, value: Any) -> Any:
+        """Prepare a compacted layer for other keys or values, and return them as the layer stores them.
+
+        Raises:
+            ValueError: tokens were dropped, and it cannot be told which ones the new tensor is of.
+        """
+        if value is None or self.holds_every_token:
+            self._forget_prompt()
+            return value
+        if not isinstance(value, KeptTensor) or value.held is None or not self._is_of(value.held):
+            raise ValueError(
+                REBUILT.format(name=name, what=f" ({self.positions.shape[2]} of {self.prompt_length} of its prompt)")
+            )
+        self._only_in_use()
+        return plain(value)
+
+    def _is_of(self, held: Held) -> bool:
+        return (held.prompt_length, held.n) == (self.prompt_length, self.cumulative_length) and (
+            held.positions is self.positions or torch.equal(held.positions, self.positions)
+        )
+
+    def _forget_prompt(self) -> None:
+        """Become a layer of plain keys and values."""
+        self._only_in_use()
+        self.positions, self.prompt_length, self.cumulative_length = None, 0, 0  # type: ignore[assignment]
+        self.borrowed = False
+
+    def _only_in_use(self) -> None:
+        """Give up the spare rows: the buffers may be replaced one by one, and by tensors of other owners."""
+        used = self.cached_length
+        self.key_buffer, self.value_buffer = self.key_buffer[:, :, :used], self.value_buffer[:, :, :used]
+        self.borrowed = True
+
+    @property
+    def holds_every_token(self) -> bool:
+        """Return whether no token of the prompt was dropped."""
+        return self.positions is None or self.positions.shape[2] == self.prompt_length
 
     @property
     def cached_length(self) -> int:
         """Return the number of tokens in memory."""
-        dropped = 0 if self.positions is None else self.prompt_length - self.positions.shape[2]
-        return self.cumulative_length - dropped
+        if self.positions is None:
+            return DynamicLayer.get_seq_length(self)
+        return self.cumulative_length - (self.prompt_length - self.positions.shape[2])
 
     @property
     def cached_positions(self) -> torch.Tensor | None:
         """Return where each cached token stands in the sequence: int64 `[B, G, cached_length]`, or None if empty."""
-        if self.key_buffer is None:
+        if self.get_seq_length() == 0:
             return None
         if self.positions is None:
-            every = torch.arange(self.cumulative_length, device=self.key_buffer.device)
+            every = torch.arange(self.key_buffer.shape[2], device=self.key_buffer.device)
             return every.repeat(self.key_buffer.shape[0], 1, 1)
         return cached_positions(self.positions, self.prompt_length, self.cumulative_length)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.key_buffer, self.value_buffer = key_states[:, :, :0], value_states[:, :, :0]
-        self.is_initialized = True
+    def get_seq_length(self) -> int:
+        """Return the logical length in tokens: masks, position ids and M-RoPE count dropped tokens too."""
+        return DynamicLayer.get_seq_length(self) if self.positions is None else self.cumulative_length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -96,31 +144,21 @@ class CompactLayer(DynamicLayer):
             ValueError: tensors that do not continue this cache; the cache is unchanged then.
             RuntimeError: a compacted cache is read by an attention that zipvl did not rewrite.
         """
-        if self.cumulative_length > 0:
-            self._check_continues(key_states, value_states)
-        if torch.compiler.is_compiling() and tracing_for_zipvl():
-            if self.cumulative_length == 0:
-                return self._prefill(key_states, value_states)
-            if self.positions is not None:
+        traced = torch.compiler.is_compiling()
+        if self.positions is not None:
+            check_continues(self.key_buffer, self.value_buffer, key_states, value_states)
+            if traced and tracing_for_zipvl():
                 return self._decode(key_states, value_states)
-        elif self.positions is not None:
             return self._update_outside(key_states, value_states)
-        elif self.cumulative_length == 0 and not torch.compiler.is_compiling():
+        if self.get_seq_length() > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if traced and tracing_for_zipvl():
+            return self._prefill(key_states, value_states)
+        if not traced:
+            if isinstance(key_states, KeptTensor) or isinstance(value_states, KeptTensor):
+                return self._rebuild(key_states, value_states)
             check_generate_is_compiled()
-        return self._extend_full(key_states, value_states)
-
-    def _check_continues(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        for name, new, old in (
-            ("key_states", key_states, self.key_buffer),
-            ("value_states", value_states, self.value_buffer),
-        ):
-            expected = (*old.shape[:2], old.shape[3])
-            if (*new.shape[:2], new.shape[3]) != expected:
-                raise ValueError(
-                    f"{name}: expected [batch, KV heads, tokens, head_dim] with batch, heads and head_dim {expected} "
-                    f"like the cached ones, got {tuple(new.shape)}. Continue each cache with the batch and the model "
-                    "that filled it."
-                )
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def _prefill(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the prompt. The passes put a selection in the place of `token_positions`, which keeps every token."""
@@ -141,10 +179,12 @@ class CompactLayer(DynamicLayer):
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         at, m = self.cached_length, k.shape[2]
-        if at + m > self.key_buffer.shape[2]:
+        if self.borrowed or at + m > self.key_buffer.shape[2]:
             room = m + spare_tokens(self.cumulative_length)
-            self.key_buffer = _with_room(self.key_buffer, at, room)
-            self.value_buffer = _with_room(self.value_buffer, at, room)
+            self.key_buffer = with_room(self.key_buffer, at, room)
+            self.value_buffer = with_room(self.value_buffer, at, room)
+            if self.borrowed:  # a new attribute would be one more guard to fail
+                self.borrowed = False
         ops.append_tokens(self.key_buffer, self.value_buffer, k, v, at)
         self.cumulative_length = self.cumulative_length + m
 
@@ -154,67 +194,84 @@ class CompactLayer(DynamicLayer):
         One new token sees every cached token, so the physical keys alone give the right answer. More tokens, or a
         padding mask, need masks of physical length, which the model does not make.
         """
-        full = self.positions.shape[2] == self.prompt_length
-        if not full and k.shape[2] != 1:
+        if not self.holds_every_token and k.shape[2] != 1:
             raise RuntimeError(UNREADABLE.format(why=f"{k.shape[2]} new tokens came outside the compiled model."))
         self._append(k, v)
-        if full or torch.compiler.is_compiling():
-            return self.keys, self.values
-        return read_in_eager(self.keys), self.values
+        used = self.cached_length
+        keys, values = self.key_buffer[:, :, :used], self.value_buffer[:, :, :used]
+        if self.holds_every_token or torch.compiler.is_compiling():
+            return keys, values
+        warn_of_eager_decode()
+        return read_in_eager(keys), values
 
-    def _extend_full(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Behave as transformers' DynamicLayer: a full cache that grows by concatenation."""
-        if self.cumulative_length == 0:
-            self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
-            self.key_buffer, self.value_buffer = torch.cat([k[:, :, :0], k], 2), torch.cat([v[:, :, :0], v], 2)
-        else:
-            self.key_buffer = torch.cat([self.key_buffer, k], 2)
-            self.value_buffer = torch.cat([self.value_buffer, v], 2)
-        self.cumulative_length = self.cumulative_length + k.shape[2]
-        return self.key_buffer, self.value_buffer
+    def _rebuild(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Become the compacted layer that a pair of keys and values left."""
+        held = held_by(k, v)
+        self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
+        self.key_buffer, self.value_buffer = plain(k), plain(v)
+        self.positions, self.prompt_length = held.positions.to(k.device), held.prompt_length
+        self.cumulative_length, self.borrowed = held.n, True
+        return k, v
 
-    def get_seq_length(self) -> int:
-        """Return the logical length in tokens: masks, position ids and M-RoPE count dropped tokens too."""
-        return self.cumulative_length
+    def __copy__(self) -> CompactLayer:
+        """Return a layer that shares these tensors until either of them grows, as with transformers' layers."""
+        self.borrowed = self.positions is not None
+        new = type(self).__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def offload(self) -> None:
+        """Move the buffers to the CPU, with their spare rows."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move the buffers back to the device of the layer."""
+        if self.is_initialized and self.key_buffer.device != self.device:
+            self._move(self.device)
+
+    def _move(self, device: Any) -> None:
+        if self.is_initialized:
+            self.key_buffer = self.key_buffer.to(device, non_blocking=True)
+            self.value_buffer = self.value_buffer.to(device, non_blocking=True)
 
     def reset(self) -> None:
         """Empty the layer."""
+        super().reset()
         self.key_buffer = self.value_buffer = self.positions = None  # type: ignore[assignment]
         self.prompt_length = self.cumulative_length = 0
-        self.is_initialized = False
+        self.is_initialized = self.borrowed = self.lent = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: a positive number, more tokens than there are, or a cut through the compacted prompt of a batch
-                of several samples; the layer is unchanged then.
+            ValueError: a positive number; or, of a compacted layer, more tokens than there are, or a cut through the
+                compacted prompt of a batch of several samples; the layer is unchanged then.
         """
+        if self.positions is None:
+            return super().crop(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop: expected a negative number of tokens to remove, got {tokens_to_remove}. Negate it."
             )
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
         n = self.cumulative_length + tokens_to_remove
         if n < 0:
             raise ValueError(
                 f"crop: expected at most {self.cumulative_length} tokens to remove, got {-tokens_to_remove}. "
                 "Use reset() to empty the cache."
             )
-        if self.positions is None:
-            self.key_buffer, self.value_buffer = self.key_buffer[:, :, :n], self.value_buffer[:, :, :n]
-        elif n < self.prompt_length:
+        if n < self.prompt_length:
             # Samples keep different tokens, and a cache is cropped layer by layer: refuse before the first is changed.
-            if self.positions.shape[0] > 1:
+            if self.positions[:, :, 0].numel() > 1 and not self.holds_every_token:
                 raise ValueError(
                     f"crop: expected a cut after the {self.prompt_length} compacted prompt tokens of a batch of "
                     f"{self.positions.shape[0]}, got one at {n}. Crop less, crop samples one by one "
                     "(batch_select_indices), or run the prompt again."
                 )
-            self.positions = self.positions[:, :, : int((self.positions < n).sum())]
+            self.positions = self.positions[:, :, : int((self.positions[0, 0] < n).sum())]
             self.prompt_length = n
         self.cumulative_length = n
+        self.borrowed = self.borrowed or self.lent
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select samples by `beam_idx`, for beam search."""
@@ -229,11 +286,6 @@ class CompactLayer(DynamicLayer):
         self._for_batch(lambda x: x[indices, ...])
 
     def _for_batch(self, change) -> None:
-        if self.cumulative_length > 0:
+        if self.get_seq_length() > 0:
             self.key_buffer, self.value_buffer = change(self.key_buffer), change(self.value_buffer)
             self.positions = None if self.positions is None else change(self.positions)
-
-
-def _with_room(buffer: torch.Tensor, used: int, room: int) -> torch.Tensor:
-    """Copy the first `used` rows into a buffer with `room` more (tokens)."""
-    return torch.cat([buffer[:, :, :used], buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])], 2)

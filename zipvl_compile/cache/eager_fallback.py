@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
@@ -33,6 +34,19 @@ def check_generate_is_compiled() -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+@functools.cache
+def warn_of_eager_decode() -> None:
+    """Warn, once per process, that code that is not compiled decodes over a compacted cache."""
+    warnings.warn(
+        "A compacted KV cache is read by a model that runs uncompiled: right for one new token at a time, without the "
+        "speed of zipvl, and an error for several tokens or padded batches. Either the model was never compiled (call "
+        'model.compile(backend="zipvl") before the prompt), compiling is disabled, or Dynamo gave up after its '
+        "recompile limit (TORCH_LOGS=recompiles names what changes; zipvl_compile.compile(model) raises the limit).",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _generating() -> torch.nn.Module | None:

@@ -37,7 +37,15 @@ def graph():
 def scores(graph):
     q, k, *_ = graph.nodes
     return TokenScoresCall(
-        q=q, k=k, mask=None, is_causal=True, scale=None, softcap=None, recent_probes=3, random_probes=4, seed=5,
+        q=q,
+        k=k,
+        mask=None,
+        is_causal=True,
+        scale=None,
+        softcap=None,
+        recent_probes=3,
+        random_probes=4,
+        seed=5,
         groups=1,
     ).insert(graph.output_node())
 

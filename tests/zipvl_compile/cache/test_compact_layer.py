@@ -10,7 +10,8 @@ from support.tiny_llava import inputs, model, prefill, prompt_cache, shared, ste
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from zipvl_compile.cache.compact_layer import CompactLayer, spare_tokens
+from zipvl_compile.cache.buffers import spare_tokens
+from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.report.compile_report import collect
 
@@ -131,12 +132,22 @@ def test_reset_empties_the_cache_for_another_prompt():
     assert torch.equal(again.logits, fresh.logits)
 
 
-def test_a_cache_that_another_batch_filled_is_refused_and_unchanged():
-    cache = prompt_cache(model(), inputs(batch=2, text=20))
-    n = cache.get_seq_length()
-    with pytest.raises(ValueError, match="batch, heads and head_dim"):
-        cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
-    assert cache.get_seq_length() == n and cache.layers[0].keys.shape[2] == n
+BAD_STATES = {
+    "batch": ((1, 2, 1, 16), (1, 2, 1, 16), "batch, heads and head_dim"),
+    "head_dim": ((2, 2, 1, 16), (2, 2, 1, 8), "batch, heads and head_dim"),
+    "tokens": ((2, 2, 1, 16), (2, 2, 2, 16), "as many tokens as key_states, 1, got 2"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STATES)
+def test_tensors_that_do_not_continue_a_compacted_cache_are_refused_and_it_is_unchanged(bad):
+    cache = prompt_cache(shared(tau=0.7), inputs(batch=2, text=20))
+    layer = cache.layers[0]
+    n, keys = cache.get_seq_length(), layer.key_buffer.clone()
+    *shapes, message = BAD_STATES[bad]
+    with pytest.raises(ValueError, match=message):
+        cache.update(*map(torch.randn, shapes), 0)
+    assert cache.get_seq_length() == n and torch.equal(layer.key_buffer, keys)
 
 
 def test_a_dense_inductor_like_backend_is_untouched_by_the_registered_layer():

@@ -128,7 +128,7 @@ def test_eager_decode_of_one_token_on_a_compacted_cache_equals_compiled():
     other = copy.deepcopy(cache)
     expected = step(f, torch.tensor([[9]]), cache).logits
     torch.testing.assert_close(step(model(), torch.tensor([[9]]), other).logits, expected, atol=2e-5, rtol=1e-4)
-    assert type(other.layers[0].keys) is torch.Tensor
+    assert type(other.layers[0].key_buffer) is torch.Tensor
 
 
 def test_eager_read_of_a_compacted_cache_that_would_be_wrong_is_an_error_with_the_remedy():

@@ -10,7 +10,8 @@ from support.tiny_llava import compiled, inputs, model
 from transformers import DynamicCache, MistralConfig
 from transformers.cache_utils import StaticLayer
 
-from zipvl_compile.cache.compact_layer import CompactLayer, spare_tokens
+from zipvl_compile.cache.buffers import spare_tokens
+from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.demo import compare as module
 from zipvl_compile.demo.compare import (
     Answer,
