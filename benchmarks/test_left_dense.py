@@ -2,8 +2,8 @@
 
     make bench        appends to benchmarks/results/left_dense.jsonl
 
-All of them should be 1.00. "plain" and "room" are the two caches of `passes/keep_every_token.py`, at every length; the pass
-takes the first below its `LEAST` tokens and the second above.
+All of them should be 1.00. "plain" and "room" are the two caches of `passes/keep_every_token.py`, at every length; the
+pass takes the first below its `LEAST` tokens and the second above.
 """
 
 from __future__ import annotations
