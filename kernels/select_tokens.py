@@ -262,8 +262,8 @@ def select_tokens(
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
         keep_recent: newest visible tokens that are always kept. One takes a place of those that `tau` or
             `keep_ratio` asks for, the others come on top.
-        protected: int64 `[m]`, positions of further tokens that every sample keeps, on top of all others, visible or not;
-            negative ones count from the end.
+        protected: int64 `[m]`, positions of further tokens that every sample keeps on top of all others, visible or
+            not; negative ones count from the end.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:

@@ -12,7 +12,7 @@ values and caches are left out: what a later layer does with them is in that lay
 rows leaves the graph, or rows cannot be told, all of them count as read.
 
 A graph break between the decoder and its head, as in `generate` of most vision-language models, makes the hidden state
-an output of the graph. Then `settings.newest_row_only` is asked.
+an output of the graph. Then `settings.newest_rows_read` is asked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from zipvl_compile.passes.demand_rows import Part, read_part
+from zipvl_compile.passes.demand_rows import LAST, Part, read_part
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, TokenPositionsCall
 from zipvl_compile.passes.graph.reading import changed_in_place, example, is_op, is_pure, memory_of, spelled, written
@@ -34,7 +34,7 @@ from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
-from zipvl_compile.passes.tokenwise.row_select import size
+from zipvl_compile.passes.tokenwise.row_select import size, token_positions
 
 
 class Untold(Exception):
@@ -42,7 +42,7 @@ class Untold(Exception):
 
 
 def find(graph: Graph, sites: Sites) -> tuple[list[Part], list[Node]]:
-    """Return the parts of hidden states that are taken after an attention of the prefill, and what else leaves the graph."""
+    """Return the parts of hidden states that are taken after an attention, and what else of them leaves the graph."""
     attentions = {site.attention.node for site in sites.prefill}
     stored = {x for site in sites for x in (site.attention.key, site.attention.value, *site.attention.inputs)}
     n = example(sites.prefill[0].attention.key).shape[2]
@@ -83,11 +83,14 @@ def is_hidden_state(x: Node, sites: Sites) -> bool:
 def demanded(graph: Graph, sites: Sites, settings: Settings) -> Demanded:
     """Return the rows that are read after the last layer, with nodes that stand before the first attention."""
     parts, leaving = find(graph, sites)
-    if leaving and not (len(leaving) == 1 and is_hidden_state(leaving[0], sites) and settings.newest_row_only()):
-        names = ", ".join(sorted({spelled(x) for x in leaving}))
-        return Demanded(every=f"all rows of the hidden state are read (the graph returns the result of {names})")
-    first = min(site.attention.node for site in sites.prefill)
     newest: list[Any] = [1]
+    if leaving:
+        only = len(leaving) == 1 and is_hidden_state(leaving[0], sites)
+        newest.append(settings.newest_rows_read() if only else 0)
+        if not newest[-1]:
+            names = ", ".join(sorted({spelled(x) for x in leaving}))
+            return Demanded(every=f"all rows of the hidden state are read (the graph returns the result of {names})")
+    first = min(site.attention.node for site in sites.prefill)
     others: list[Node] = []
     try:
         for part in parts:
@@ -98,10 +101,9 @@ def demanded(graph: Graph, sites: Sites, settings: Settings) -> Demanded:
     most: Any = max(numbers)
     for node in nodes:
         most = node if most == 1 else insert_call(first, torch.sym_max, (node, most))
-    return Demanded(most, tuple(others), text=tuple(str(part.index) for part in parts if part.index not in (-1, _LAST)))
-
-
-_LAST = slice(-1, None, None)
+    text = [f"slice({-rows}, None, None)" for rows in newest[1:2] if leaving and rows > 1]
+    text += [str(part.index) for part in parts if part.index not in (-1, LAST)]
+    return Demanded(most, tuple(others), text=tuple(text))
 
 
 def _add(part: Part, newest: list[Any], others: list[Node], key: Node, before: Node) -> None:
@@ -118,7 +120,7 @@ def _add(part: Part, newest: list[Any], others: list[Node], key: Node, before: N
     elif index < 0:
         newest.append(-index)
     else:
-        others.append(_positions(slice(index, index + 1), key, before))
+        others.append(token_positions(key, slice(index, index + 1), before))
 
 
 def _is_tail(rows: slice) -> bool:
@@ -132,7 +134,7 @@ def _rows_of(rows: slice, key: Node, before: Node) -> Any:
         bounded = isinstance(start, int) and isinstance(stop, int) and (start < 0) == (stop < 0)
         if not bounded:
             raise Untold(f"rows {rows} are read, whose number grows with the prompt")
-        return _positions(rows, key, before)
+        return token_positions(key, rows, before)
     if isinstance(rows.start, int) and rows.start < 0:
         return -rows.start
     if not isinstance(rows.start, Node):
@@ -143,11 +145,6 @@ def _rows_of(rows: slice, key: Node, before: Node) -> Any:
     if statically_known_true(example(start) >= 0):
         return insert_call(before, operator.sub, (size(key, 2, before), start))
     raise Untold(f"rows {rows} are read, and whether they are counted from the end is not known")
-
-
-def _positions(rows: slice, key: Node, before: Node) -> Node:
-    every = insert_call(before, torch.arange, (size(key, 2, before),), {"device": example(key).device})
-    return insert_call(before, operator.getitem, (every, rows))
 
 
 def available(node: Node, before: Node) -> Node:

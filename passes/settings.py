@@ -12,8 +12,8 @@ from zipvl_compile.passes.match.attention_site import AttentionShape
 LeastTokens = Callable[[AttentionShape, torch.dtype, torch.device], int]
 
 
-def _every_row() -> bool:
-    return False
+def _all() -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Settings:
 
     Attributes:
         min_tokens: shorter prompts stay dense (tokens); or what says so for an attention of a shape, dtype and device.
-        newest_row_only: whether those who get a hidden state from a graph read its newest row only; asked where a graph
-            gives one.
+        newest_rows_read: how many of its newest rows those who get a hidden state from a graph read at most (tokens);
+            0 is all rows. Asked where a graph gives one.
         the others: see `ZipVLOptions`.
     """
 
@@ -37,4 +37,4 @@ class Settings:
     evict: str = "drop"
     min_tokens: int | LeastTokens = 0
     kernel: str = "auto"
-    newest_row_only: Callable[[], bool] = _every_row
+    newest_rows_read: Callable[[], int] = _all

@@ -58,7 +58,7 @@ from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.settings import Settings
-from zipvl_compile.passes.tokenwise.row_select import size
+from zipvl_compile.passes.tokenwise.row_select import token_positions
 
 READ_AGAIN = Reason(Why.CACHE_READ_AGAIN, "the layer's cache is read again in the same graph")
 CHANGED = Reason(Why.CHANGED_IN_PLACE, "keys or values are changed in place")
@@ -146,28 +146,23 @@ class Kept:
 def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:
     """Return `keep_recent`, and the positions of further tokens that are always kept, as a node, where there are some.
 
-    `keep_recent` counts tokens that probe rows see. The last of them sees all but what padding hides, unless the mask has
-    a form of its own: there, and where the last row is no probe row, demanded rows are kept by their positions.
+    `keep_recent` counts tokens that probe rows see. The last probe row sees all but what padding hides, unless the mask
+    has a form of its own: there, and where the last row is no probe row, demanded rows are kept by their positions.
     """
-    before, newest, protected = site.attention.node, demanded.newest, [*demanded.others]
+    before, least = site.attention.node, settings.keep_recent
+    newest, protected = demanded.newest, [*demanded.others]
     seen = settings.recent_probes > 0 and (site.mask is None or not site.mask.needs_matrix or newest == 1)
     if seen and isinstance(newest, Node):
-        newest = newest if settings.keep_recent == 1 else insert_call(before, torch.sym_max, (newest, settings.keep_recent))
+        newest = newest if least == 1 else insert_call(before, torch.sym_max, (newest, least))
     elif seen:
-        newest = max(newest, settings.keep_recent)
+        newest = max(newest, least)
     else:
-        protected.append(last_positions(site.attention.key, newest, before))
-        newest = settings.keep_recent
+        start = -newest if isinstance(newest, int) else insert_call(before, operator.neg, (newest,))
+        protected.append(token_positions(site.attention.key, slice(start, None), before))
+        newest = least
     if len(protected) > 1:
         return newest, insert_call(before, torch.cat, (protected,))
     return newest, protected[0] if protected else None
-
-
-def last_positions(x: Node, count: Any, before: Node) -> Node:
-    """Insert the positions of the last `count` tokens of `x [B, H, n, D]`, int64 `[count or n]`."""
-    positions = insert_call(before, torch.arange, (size(x, 2, before),), {"device": example(x).device})
-    start = -count if isinstance(count, int) else insert_call(before, operator.neg, (count,))
-    return insert_call(before, operator.getitem, (positions, slice(start, None)))
 
 
 def select(site: Site, attention: Attention, masks: CanonicalMasks, demanded: Demanded, settings: Settings) -> Kept:

@@ -9,29 +9,36 @@ that runs both: transformers calls it `logits_to_keep`, 1 in `generate`, more in
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from zipvl_compile.dynamo import recompile_unless
 
-NAME = "logits_to_keep"
+LOGITS_TO_KEEP = "logits_to_keep"
+COUNTS = (1, 16, 64, 256)  # of newest rows; a graph is compiled for each that is met
 
 
-def newest_row_only() -> bool:
-    """Return whether the callers of the graph that is being compiled read its newest row only.
+def newest_rows_read() -> int:
+    """Return how many of the newest rows the callers of the graph that is being compiled read at most; 0 is all rows.
 
-    Dynamo compiles another graph for callers that read other rows. Where no frame says what is read, all of it is.
+    Dynamo compiles another graph for callers that read more, or fewer. Where no frame says what is read, all rows are.
     """
-    newest = _asked_for_the_newest()
-    return recompile_unless(lambda: _asked_for_the_newest() is newest, f"{NAME} of the caller") and newest
+    count = _count(_asked())
+    return count if recompile_unless(lambda: _count(_asked()) == count, f"{LOGITS_TO_KEEP} of the caller") else 0
 
 
-def _asked_for_the_newest() -> bool:
-    """Return whether the innermost `forward` on the stack that has `logits_to_keep` was given 1."""
+def _count(asked: Any) -> int:
+    if type(asked) is not int or asked < 1:
+        return 0
+    return next((count for count in COUNTS if asked <= count), 0)
+
+
+def _asked() -> Any:
+    """Return the `logits_to_keep` of the innermost `forward` on the stack that has it; None where none has."""
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
         # Dynamo runs what follows a graph break as a function of its own, `torch_dynamo_resume_in_forward_at_...`.
-        if NAME in code.co_varnames and (code.co_name == "forward" or "_in_forward_at_" in code.co_name):
-            kept = frame.f_locals.get(NAME)
-            return type(kept) is int and kept == 1
+        if LOGITS_TO_KEEP in code.co_varnames and (code.co_name == "forward" or "_in_forward_at_" in code.co_name):
+            return frame.f_locals.get(LOGITS_TO_KEEP)
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None

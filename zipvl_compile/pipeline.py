@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch.fx import Graph
 
-from zipvl_compile.callers import newest_row_only
+from zipvl_compile.callers import newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -113,7 +113,7 @@ def settings_of(options: ZipVLOptions) -> Settings:
         evict=options.evict,
         min_tokens=least_tokens(options),
         kernel=options.kernel,
-        newest_row_only=newest_row_only,
+        newest_rows_read=newest_rows_read,
     )
 
 

@@ -84,10 +84,10 @@ class Demand:
 
 @dataclass(frozen=True)
 class Demanded:
-    """Rows of the hidden states that are read after the last layer of a graph: they are kept, and attend, in every layer.
+    """Rows of the hidden states that are read after the last layer of a graph: they are kept and attend in every layer.
 
     Attributes:
-        newest: how many of the newest are among them, at least 1 (tokens); a node where only the running graph knows it.
+        newest: how many of the newest are among them, at least 1 (tokens); a node where only the running graph knows.
         others: nodes that hold positions of further ones, int64 `[m]`.
         every: why every row counts as read; empty where only those do.
         text: which rows those are, as the graph writes it, besides the newest one.
