@@ -70,15 +70,16 @@ def answers(way, model, processor, draft, questions):
     return [decoded(model, processor, x, **how) for _, x in questions]
 
 
+@pytest.mark.benchmark(group="answers read from several rows")
 @pytest.mark.parametrize("backend", ["dense", "zipvl"])
 @pytest.mark.parametrize("way", ["greedy", "assisted, bad draft", "lookup", "scoring"])
-def test_answering_rows(asked, way, backend):
+def test_answering_rows(asked, benchmark, way, backend):
     model, processor, draft, questions = asked
     torch._dynamo.reset()
     if backend == "zipvl":
         model = copy.deepcopy(model)
         model.compile(backend="zipvl", options=OPTIONS, dynamic=True)
-    given = answers(way, model, processor, draft, questions)
+    given = benchmark.pedantic(answers, args=(way, model, processor, draft, questions))
     right = sum(exact_match(a, q.answer) for a, (q, _) in zip(given, questions, strict=True)) / len(questions)
     case = f"{QUESTIONS} held-out questions, one at a time"
     report("answering_rows", way, case, backend, accuracy=(right, "fraction"))
