@@ -1,4 +1,4 @@
-"""Rows whose hidden states are read are kept, on top of p, and attend in every layer; where all are, every query does."""
+"""Rows whose hidden states are read are kept, on top of p, and attend in every layer; or else every query attends."""
 
 import pytest
 import torch
@@ -184,7 +184,7 @@ def test_what_other_caches_store_is_no_demand(record):
 
 
 def test_a_mask_of_its_own_form_keeps_rows_by_position(record):
-    """No probe row sees the tokens of a chunk that is neither theirs nor the last: counting visible tokens misses them."""
+    """No probe row sees the tokens of a chunk that is neither theirs nor the last: not all visible tokens are new."""
     chunk = torch.arange(N) // 5
     mask = torch.ones(N, N, dtype=torch.bool).tril() & (chunk[:, None] == chunk)
     mask[:15, 12] = False

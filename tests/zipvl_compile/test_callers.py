@@ -1,4 +1,4 @@
-"""What the frames that call a graph read of its hidden state, and that Dynamo compiles again for others that read more."""
+"""What the frames that call a graph read of its hidden state; Dynamo compiles again for others that read more."""
 
 import pytest
 import torch
