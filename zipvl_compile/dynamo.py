@@ -17,8 +17,9 @@ import torch
 import torch._dynamo
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import detect_fake_mode
+from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -94,6 +95,31 @@ def tracing_for_zipvl() -> bool:
     """
     translator = _translator()
     return translator is not None and is_zipvl(translator.output.compiler_fn) and not gradients_matter()
+
+
+def recompile_unless(holds: Callable[[], bool], text: str) -> bool:
+    """Have Dynamo compile the traced frame again wherever `holds()` is false when it is called.
+
+    Args:
+        holds: runs with every guard of the frame, on the stack of its caller.
+        text: what a recompile is reported with.
+
+    Returns:
+        Whether Dynamo will ask; False where nothing is being traced.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+
+    def check(builder: Any, guard: Guard) -> None:
+        manager = builder.guard_manager.root
+        try:
+            manager.add_lambda_guard(lambda _: holds(), [text], guard.user_stack)
+        except TypeError:  # before PyTorch 2.13
+            manager.add_lambda_guard(lambda _: holds(), [text])
+
+    context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), check))
+    return True
 
 
 def raise_recompile_limit(least: int) -> None:

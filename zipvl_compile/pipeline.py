@@ -20,6 +20,7 @@ from pathlib import Path
 from torch.fx import Graph
 
 from zipvl_compile.cache.uneven import check_layers_agree
+from zipvl_compile.callers import newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -28,6 +29,7 @@ from zipvl_compile.passes import (
     keep_every_token,
     prune_projections,
     read_compact_cache,
+    read_demands,
     sparsify_prefill,
     unmask_dense,
 )
@@ -51,7 +53,8 @@ class Row:
 
 
 PIPELINE: tuple[Row, ...] = (
-    Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
+    Row("read_demands", read_demands.apply, ("sites",), "rows that are read"),
+    Row("sparsify_prefill", sparsify_prefill.apply, ("sites", "rows that are read"), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),
@@ -111,6 +114,7 @@ def settings_of(options: ZipVLOptions) -> Settings:
         evict=options.evict,
         min_tokens=least_tokens(options),
         kernel=options.kernel,
+        newest_rows_read=newest_rows_read,
     )
 
 

@@ -113,16 +113,22 @@ def is_pure(node: Node) -> bool:
     return op is not None and not op.effect and not written(node)
 
 
-def changed_in_place(node: Node) -> bool:
-    """Return whether the graph may write to the tensor of `node` after it was computed, directly or through a view.
-
-    Views of the same memory count wherever they come from: `node` may be one itself.
-    """
-    memory, todo = set(), [node]
+def memory_of(node: Node) -> set[Node]:
+    """Return the nodes whose memory may be that of `node`: what it is a view of, and every view of that."""
+    memory: set[Node] = set()
+    todo = [node]
     while todo:
         x = todo.pop()
         if x not in memory:
             memory.add(x)
             todo += shared(x)
             todo += [user for user in x.users if x in shared(user)]
-    return any(x in written(user) and user > node for x in memory for user in x.users)
+    return memory
+
+
+def changed_in_place(node: Node) -> bool:
+    """Return whether the graph may write to the tensor of `node` after it was computed, directly or through a view.
+
+    Views of the same memory count wherever they come from: `node` may be one itself.
+    """
+    return any(x in written(user) and user > node for x in memory_of(node) for user in x.users)

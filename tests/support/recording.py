@@ -87,11 +87,15 @@ class CheckedRun(torch.fx.Interpreter):
 
 
 class Recorder:
-    """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked."""
+    """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked.
 
-    def __init__(self, settings, inner, prune, passes=None):
+    The newest row alone counts as read, whatever the graph returns, unless `read` runs the pass that looks.
+    """
+
+    def __init__(self, settings, inner, prune, passes=None, read=False):
         self.settings, self.inner = settings, inner
-        self.passes = passes or without(*LATER, *(() if prune else ("demand_rows", "prune_projections")))
+        skipped = (() if prune else ("demand_rows", "prune_projections")) + (() if read else ("read_demands",))
+        self.passes = passes or without(*LATER, *skipped)
         self.sites, self.graphs, self.erased, self.added, self.faults = [], [], [], [], []
 
     @property
