@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import detect_fake_mode
@@ -24,6 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: How often PyTorch lets a code object be compiled, unless told otherwise.
+PYTORCHS_RECOMPILE_LIMIT = 8
 #: Loggers that warn about graph breaks and data-dependent sizes while Dynamo traces.
 TRACING_LOGGERS = ("torch._dynamo.variables.tensor", "torch._subclasses.fake_tensor")
 
@@ -68,22 +74,80 @@ def _translator() -> Any:
         return None
 
 
-def _module_in_training(translator: Any) -> bool:
-    """Return whether the traced frame belongs to a module in training mode, or to no module that can tell."""
-    for value in translator.output.root_tx.f_locals.values():
-        if isinstance(value, torch.nn.Module):
-            return value.training
-    return True
+#: What was said of each graph that is being traced: every cache layer of it and the backend must hear the same.
+_decided: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def gradients_matter() -> bool:
-    """Return whether the traced call may be differentiated: gradients are on and the module is in training mode.
+    """Return whether the graph that Dynamo has traced must stay differentiable.
 
-    A module in eval mode runs without gradients even where the caller forgot `torch.no_grad()`, as in most manual
-    generation loops.
+    It must where gradients are on and an input requires one, or a trainable parameter does whose module is in training
+    mode. Parameters of modules in eval mode do not count: most manual generation loops forget `torch.no_grad()`.
+
+    Raises:
+        UserError: its cache layers were told that it need not, and what requires gradients entered after the first.
     """
     translator = _translator()
-    return torch.is_grad_enabled() and (translator is None or _module_in_training(translator))
+    if translator is None:
+        return torch.is_grad_enabled()
+    decided = _decision(translator.output)
+    if not decided and _needs_gradients(translator.output):
+        raise UserError(
+            "gradients: expected every tensor that requires them to be an argument of the compiled call, got one that "
+            "enters it behind the first KV cache layer. Pass it as an argument, detach it, or run under "
+            "torch.no_grad()."
+        )
+    return decided
+
+
+def _decision(output: Any) -> bool:
+    """Return what the first cache layer of a graph was told, also to the others and to the backend."""
+    if output.root_tx not in _decided:
+        _decided[output.root_tx] = _needs_gradients(output)
+    return _decided[output.root_tx]
+
+
+def _needs_gradients(output: Any) -> bool:
+    """Decide it from the arguments of the traced frame and from the inputs of its graph so far.
+
+    Later layers may read arguments that are no input yet, so that all of them count, and all parameters of a module.
+    """
+    frame, graph = output.root_tx, output.root_tracer.graph
+    if not torch.is_grad_enabled() and not gradient_switches(graph):
+        return False
+    inputs = [node.meta["grapharg"] for node in graph.find_nodes(op="placeholder") if "grapharg" in node.meta]
+    given = [*_leaves(list(frame.f_locals.values())), *(one.example for one in inputs)]
+    roots = {value for value in given if isinstance(value, torch.nn.Module)}
+    roots |= {module for one in inputs if (module := _outermost_module(one.source, frame)) is not None}
+    parts = {part for root in roots for part in root.modules()}
+    trained = [p for part in parts if part.training for p in part.parameters(recurse=False)]
+    parameters = {id(p) for part in parts for p in part.parameters(recurse=False)}
+    tensors = [x for x in given if isinstance(x, torch.Tensor) and id(x) not in parameters]
+    return any(x.requires_grad for x in (*trained, *tensors))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what nested lists, tuples and dictionaries hold."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _outermost_module(source: Any, frame: Any) -> torch.nn.Module | None:
+    """Return the outermost module on the way to a graph input, such as the model to `model.lm_head.weight`."""
+    found = None
+    while source is not None:
+        try:
+            value = source.get_value(frame.f_globals, frame.f_locals, {})
+        except Exception:  # a way that only Dynamo's guards can go: not through modules
+            value = None
+        found = value if isinstance(value, torch.nn.Module) else found
+        source = getattr(source, "base", None)
+    return found
 
 
 @torch._dynamo.assume_constant_result
@@ -93,12 +157,66 @@ def tracing_for_zipvl() -> bool:
     Read by the cache layers while they are traced; a constant of the compiled code, which Dynamo keeps per backend.
     """
     translator = _translator()
-    return translator is not None and is_zipvl(translator.output.compiler_fn) and not gradients_matter()
+    return translator is not None and is_zipvl(translator.output.compiler_fn) and not _decision(translator.output)
+
+
+# ---- The call of a compiled function that is running
+
+_COMPILED_CALL = next(
+    part
+    for part in _TorchDynamoContext.__call__.__code__.co_consts
+    if getattr(part, "co_name", None) == "compile_wrapper"
+)
+_raised: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _compiled_call() -> FrameType | None:
+    """Return the frame of the innermost compiled function that runs on this thread, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _COMPILED_CALL:
+        frame = frame.f_back
+    return frame
+
+
+def backend_of_call() -> Any:
+    """Return the backend of the `torch.compile` call whose function runs on this thread, or None.
+
+    Where Dynamo only runs what is compiled, that need not be the backend that compiled it: see `Compiled`.
+    """
+    frame = _compiled_call()
+    callback = None if frame is None else frame.f_locals["self"].callback
+    return innermost_backend(callback) if callable(callback) else None
+
+
+def runs_uncompiled_for_zipvl() -> bool:
+    """Return whether Python runs code of a function that was compiled with zipvl, outside of every graph."""
+    return not torch.compiler.is_compiling() and is_zipvl(backend_of_call())
 
 
 def raise_recompile_limit(least: int) -> None:
-    """Let every code object be compiled `least` times before Dynamo runs it in eager mode instead."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, least)
+    """Let the `torch.compile` call whose function runs compile each code object up to `least` times, PyTorch's 8 aside.
+
+    For this call of the function, from now on, and for all later ones; a limit that the user set stays as it is.
+    """
+    frame = _compiled_call()
+    if frame is None or frame.f_locals["self"] in _raised:
+        return
+    config = torch._dynamo.config
+    patch = config._make_closure_patcher(recompile_limit=least)
+
+    def enter() -> Callable[[], Any]:
+        return patch() if config.recompile_limit == PYTORCHS_RECOMPILE_LIMIT else lambda: None
+
+    context = frame.f_locals["self"]
+    _raised.add(context)
+    context.enter_exit_hooks.append(enter)  # run when the function is called; what they return, when it has returned
+    frame.f_locals["cleanups"].append(enter())
+
+
+def apart() -> dict[str, Any]:
+    """Return arguments of `torch.compile` that keep its compiled code apart from that of other calls (PyTorch 2.13)."""
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
 # ---- Compiled models

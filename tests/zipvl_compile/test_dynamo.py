@@ -75,11 +75,52 @@ def test_nothing_is_traced_outside_a_compile():
         assert not dynamo.gradients_matter()
 
 
-def test_the_recompile_limit_is_raised_and_never_lowered():
-    with torch._dynamo.config.patch(recompile_limit=8):
+class Asking(nn.Module):
+    """Asks outside of every graph, while its compiled forward runs."""
+
+    def forward(self, x):
+        self.answers = ask()
+        return x + 1
+
+
+@torch.compiler.disable
+def ask():
+    limit = torch._dynamo.config.recompile_limit
+    return dynamo.backend_of_call(), dynamo.runs_uncompiled_for_zipvl(), limit
+
+
+@pytest.mark.parametrize("name", ["zipvl", "eager"])
+def test_the_backend_of_the_running_call_is_found(name):
+    assert dynamo.backend_of_call() is None and not dynamo.runs_uncompiled_for_zipvl()
+    model = Asking()
+    compiled = torch.compile(model, backend=name, **({"options": {"inner": "eager"}} if name == "zipvl" else {}))
+    compiled(torch.ones(2))
+    found, ours, _ = model.answers
+    assert found is dynamo.innermost_backend(compiled.dynamo_ctx.callback)
+    assert ours is dynamo.is_zipvl(found) is (name == "zipvl")
+
+
+@pytest.mark.parametrize(("set_by_user", "seen"), [(8, 20), (4, 4), (30, 30)])
+def test_the_recompile_limit_is_raised_in_the_running_call_only(set_by_user, seen):
+    def raising(gm, inputs):
         dynamo.raise_recompile_limit(20)
-        dynamo.raise_recompile_limit(10)
-        assert torch._dynamo.config.recompile_limit == 20
+        dynamo.raise_recompile_limit(20)
+        return gm.forward
+
+    model, config = Asking(), torch._dynamo.config
+    dynamo.raise_recompile_limit(20)  # no call: nothing to raise it for
+    with config.patch(recompile_limit=set_by_user):
+        f = torch.compile(model, backend=raising)
+        for _ in range(2):
+            f(torch.ones(2))
+            assert config.recompile_limit == set_by_user
+            f(torch.ones(2))
+            assert model.answers[2] == seen
+        assert len(f.dynamo_ctx.enter_exit_hooks) == len(torch.compile(model, backend="eager").dynamo_ctx.enter_exit_hooks) + 1
+
+
+def test_compiled_code_is_kept_apart_where_pytorch_can():
+    assert torch.compile(Small(), backend="eager", **dynamo.apart()) is not None
 
 
 def test_compiled_models_are_seen_through():
