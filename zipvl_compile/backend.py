@@ -17,16 +17,17 @@ from torch.fx import GraphModule
 
 from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
 from zipvl_compile.dynamo import (
+    PAST_THE_LIMIT,
     allow_data_dependent_sizes,
     backend_of_call,
     compile_with_aot_eager,
     compile_with_inductor,
     gradient_switches,
-    gradients_matter,
     mark_size_as_changing,
     raise_recompile_limit,
     zipvl_backend,
 )
+from zipvl_compile.gradients import gradients_matter
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
@@ -96,9 +97,7 @@ def _warn_of_other_code() -> None:
     """Say why a prompt is computed densely: past the recompile limit, Dynamo runs code of any backend that fits."""
     warnings.warn(
         "zipvl: PyTorch has reached its recompile limit, and ran code that was compiled for another torch.compile "
-        "call, with other options. This prompt is left dense instead. Compile with zipvl_compile.compile(model, ...), "
-        "which keeps compiled code apart (PyTorch 2.13), call torch.compiler.reset() after changes of options, or "
-        "raise torch._dynamo.config.recompile_limit.",
+        f"call, with other options. This prompt is left dense instead. {PAST_THE_LIMIT}",
         UserWarning,
         stacklevel=2,
     )

@@ -1,6 +1,6 @@
 """Every private name of PyTorch that this package needs, each behind a function that says what it is for.
 
-PyTorch has no public call for most of what a backend must know: for whom Dynamo traces, whether gradients matter, what
+PyTorch has no public call for most of what a backend must know: for whom Dynamo traces, whose call runs, what
 stands behind a compiled model. Nothing of this package is imported here, so that all of it may import this.
 """
 
@@ -12,7 +12,7 @@ import gc
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, TypeVar
@@ -32,6 +32,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 PYTORCHS_RECOMPILE_LIMIT = 8
 #: Loggers that warn about graph breaks and data-dependent sizes while Dynamo traces.
 TRACING_LOGGERS = ("torch._dynamo.variables.tensor", "torch._subclasses.fake_tensor")
+#: What to do about code that PyTorch does not compile any more.
+PAST_THE_LIMIT = (
+    "Compile with zipvl_compile.compile(model, ...), which keeps compiled code apart (since PyTorch 2.13), call "
+    "torch.compiler.reset() after changes of options, or raise torch._dynamo.config.recompile_limit."
+)
 
 
 class UserError(ShortenTraceback, ValueError):
@@ -67,97 +72,12 @@ def is_zipvl(backend: Any) -> bool:
 # ---- What Dynamo is doing right now
 
 
-def _translator() -> Any:
+def translator() -> Any:
+    """Return Dynamo's translator of the frame that is traced on this thread, or None."""
     try:
         return InstructionTranslator.current_tx()
     except AttributeError:  # nothing is being traced on this thread
         return None
-
-
-#: What was said of each graph that is being traced: every cache layer of it and the backend must hear the same.
-_decided: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def gradients_matter() -> bool:
-    """Return whether the graph that Dynamo has traced must stay differentiable.
-
-    It must where gradients are on and an input requires one, or a trainable parameter does whose module is in training
-    mode. Parameters of modules in eval mode do not count: most manual generation loops forget `torch.no_grad()`.
-
-    Raises:
-        UserError: its cache layers were told that it need not, and what requires gradients entered after the first.
-    """
-    translator = _translator()
-    if translator is None:
-        return torch.is_grad_enabled()
-    decided = _decision(translator.output)
-    if not decided and _needs_gradients(translator.output):
-        raise UserError(
-            "gradients: expected every tensor that requires them to be an argument of the compiled call, got one that "
-            "enters it behind the first KV cache layer. Pass it as an argument, detach it, or run under "
-            "torch.no_grad()."
-        )
-    return decided
-
-
-def _decision(output: Any) -> bool:
-    """Return what the first cache layer of a graph was told, also to the others and to the backend."""
-    if output.root_tx not in _decided:
-        _decided[output.root_tx] = _needs_gradients(output)
-    return _decided[output.root_tx]
-
-
-def _needs_gradients(output: Any) -> bool:
-    """Decide it from the arguments of the traced frame and from the inputs of its graph so far.
-
-    Later layers may read arguments that are no input yet, so that all of them count, and all parameters of a module.
-    """
-    frame, graph = output.root_tx, output.root_tracer.graph
-    if not torch.is_grad_enabled() and not gradient_switches(graph):
-        return False
-    inputs = [node.meta["grapharg"] for node in graph.find_nodes(op="placeholder") if "grapharg" in node.meta]
-    given = [*_leaves(list(frame.f_locals.values())), *(one.example for one in inputs)]
-    roots = {value for value in given if isinstance(value, torch.nn.Module)}
-    roots |= {module for one in inputs if (module := _outermost_module(one.source, frame)) is not None}
-    parts = {part for root in roots for part in root.modules()}
-    trained = [p for part in parts if part.training for p in part.parameters(recurse=False)]
-    parameters = {id(p) for part in parts for p in part.parameters(recurse=False)}
-    tensors = [x for x in given if isinstance(x, torch.Tensor) and id(x) not in parameters]
-    return any(x.requires_grad for x in (*trained, *tensors))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what nested lists, tuples and dictionaries hold."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _leaves(one)
-    else:
-        yield value
-
-
-def _outermost_module(source: Any, frame: Any) -> torch.nn.Module | None:
-    """Return the outermost module on the way to a graph input, such as the model to `model.lm_head.weight`."""
-    found = None
-    while source is not None:
-        try:
-            value = source.get_value(frame.f_globals, frame.f_locals, {})
-        except Exception:  # a way that only Dynamo's guards can go: not through modules
-            value = None
-        found = value if isinstance(value, torch.nn.Module) else found
-        source = getattr(source, "base", None)
-    return found
-
-
-@torch._dynamo.assume_constant_result
-def tracing_for_zipvl() -> bool:
-    """Return whether Dynamo traces the current frame for this backend, for inference.
-
-    Read by the cache layers while they are traced; a constant of the compiled code, which Dynamo keeps per backend.
-    """
-    translator = _translator()
-    return translator is not None and is_zipvl(translator.output.compiler_fn) and not _decision(translator.output)
 
 
 # ---- The call of a compiled function that is running
@@ -181,7 +101,7 @@ def _compiled_call() -> FrameType | None:
 def backend_of_call() -> Any:
     """Return the backend of the `torch.compile` call whose function runs on this thread, or None.
 
-    Where Dynamo only runs what is compiled, that need not be the backend that compiled it: see `Compiled`.
+    Where Dynamo only runs what is compiled, that need not be the backend that compiled it.
     """
     frame = _compiled_call()
     callback = None if frame is None else frame.f_locals["self"].callback
@@ -230,6 +150,14 @@ def original_of(model: Any) -> Any:
 def is_compiled_in_place(model: torch.nn.Module) -> bool:
     """Return whether `model.compile(...)` was called."""
     return model._compiled_call_impl is not None
+
+
+def in_place_for_zipvl(model: torch.nn.Module) -> bool:
+    """Return whether `model.compile(backend="zipvl")` was called."""
+    call = model._compiled_call_impl
+    names = () if call is None else call.__code__.co_freevars
+    context = call.__closure__[names.index("self")].cell_contents if "self" in names else None
+    return is_zipvl(getattr(context, "callback", None))
 
 
 def is_wrapped_for_zipvl(model: torch.nn.Module) -> bool:

@@ -24,7 +24,7 @@ class Small(nn.Module):
         self.linear = nn.Linear(3, 2)
 
     def forward(self, x):
-        return self.linear(x) + (1 if dynamo.tracing_for_zipvl() else 0)
+        return self.linear(x)
 
 
 def callback(**given):
@@ -48,31 +48,6 @@ def callback(**given):
 )
 def test_which_backend_is_ours(given, ours):
     assert dynamo.is_zipvl(given) is ours
-
-
-@pytest.mark.parametrize(
-    ("backend", "gradients", "training", "told"),
-    [
-        ("zipvl", False, False, True),
-        ("zipvl", True, False, True),
-        ("zipvl", False, True, True),
-        ("zipvl", True, True, False),
-        ("eager", False, False, False),
-    ],
-)
-def test_a_traced_frame_is_told_whether_it_is_for_zipvl_and_for_inference(backend, gradients, training, told):
-    model = Small().train(training)
-    x, options = torch.ones(1, 3), {"options": {"inner": "eager"}} if backend == "zipvl" else {}
-    with torch.set_grad_enabled(gradients):
-        compiled = torch.compile(model, backend=backend, **options)(x)
-        assert torch.equal(compiled, model(x) + (1 if told else 0))
-
-
-def test_nothing_is_traced_outside_a_compile():
-    assert not dynamo.tracing_for_zipvl()
-    assert dynamo.gradients_matter()
-    with torch.no_grad():
-        assert not dynamo.gradients_matter()
 
 
 class Asking(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager
-from zipvl_compile.dynamo import tracing_for_zipvl
+from zipvl_compile.gradients import tracing_for_zipvl
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
-from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
+from zipvl_compile.dynamo import TRACING_LOGGERS, apart, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Why
@@ -82,10 +82,7 @@ class _OwnOptions(dict):
 
 def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `torch.compile` that keep this compile apart from those of the user's model."""
-    arguments: dict[str, Any] = {"options": _OwnOptions(options)}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
-        arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
-    return arguments
+    return {"options": _OwnOptions(options), **apart()}
 
 
 @contextlib.contextmanager
