@@ -23,6 +23,7 @@ from zipvl_compile.dynamo import (
     compile_with_aot_eager,
     compile_with_inductor,
     gradient_switches,
+    leave_uncompiled,
     mark_size_as_changing,
     raise_recompile_limit,
     zipvl_backend,
@@ -37,6 +38,9 @@ from zipvl_compile.report.compile_report import record, record_training
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that runs in eager mode.
 RECOMPILE_LIMIT = 64
+# Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
+# every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
+CHEAP = ("get_placeholder_mask",)
 
 
 @zipvl_backend
@@ -63,6 +67,7 @@ def zipvl(
     """
     parsed = ZipVLOptions.parse(options, mode)
     raise_recompile_limit(RECOMPILE_LIMIT)
+    leave_uncompiled(*CHEAP)
     if gradients_matter():
         record_training(gm.graph)
         return _compile(gm, example_inputs, parsed)

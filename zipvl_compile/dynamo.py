@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch._dynamo
 from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, SkipFrame
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
@@ -78,6 +78,13 @@ def translator() -> Any:
         return InstructionTranslator.current_tx()
     except AttributeError:  # nothing is being traced on this thread
         return None
+
+
+def leave_uncompiled(*functions: str) -> None:
+    """Have Python run the traced frame, now and ever after, if it is that of a function of one of these names."""
+    tracing = translator()
+    if tracing is not None and tracing.output.root_tx.f_code.co_name in functions:
+        raise SkipFrame(f"zipvl leaves {tracing.output.root_tx.f_code.co_name} uncompiled")
 
 
 # ---- The call of a compiled function that is running
