@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 from torch._dynamo.exc import ShortenTraceback, SkipFrame
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -63,6 +64,10 @@ def is_zipvl(backend: Any) -> bool:
     if not callable(backend):
         return False
     backend = innermost_backend(backend)
+    # In a DistributedDataParallel module, Dynamo hands graphs to the method of an optimizer, which splits them.
+    splitter = getattr(backend, "__self__", None)
+    if isinstance(splitter, DDPOptimizer):
+        backend = innermost_backend(splitter.backend_compile_fn)
     backend = getattr(backend, "compiler_fn", backend)
     while isinstance(backend, functools.partial):
         backend = backend.func
