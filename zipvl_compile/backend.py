@@ -37,7 +37,7 @@ from zipvl_compile.report.compile_report import record, record_training
 
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that runs in eager mode.
-RECOMPILE_LIMIT = 64
+raise_recompile_limit(64)
 # Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
 # every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
 CHEAP = ("get_placeholder_mask",)
@@ -66,7 +66,6 @@ def zipvl(
         OptionError: (a ValueError) an unknown option or a bad value.
     """
     parsed = ZipVLOptions.parse(options, mode)
-    raise_recompile_limit(RECOMPILE_LIMIT)
     leave_uncompiled(*CHEAP)
     if gradients_matter():
         record_training(gm.graph)

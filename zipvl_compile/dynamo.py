@@ -11,7 +11,6 @@ import functools
 import gc
 import inspect
 import sys
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -99,7 +98,6 @@ _COMPILED_CALL = next(
     for part in _TorchDynamoContext.__call__.__code__.co_consts
     if getattr(part, "co_name", None) == "compile_wrapper"
 )
-_raised: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _compiled_call() -> FrameType | None:
@@ -126,23 +124,23 @@ def runs_uncompiled_for_zipvl() -> bool:
 
 
 def raise_recompile_limit(least: int) -> None:
-    """Let the `torch.compile` call whose function runs compile each code object up to `least` times, PyTorch's 8 aside.
+    """Let zipvl's calls of compiled functions compile each code object `least` times in the place of PyTorch's 8.
 
-    For this call of the function, from now on, and for all later ones; a limit that the user set stays as it is.
+    Dynamo asks hooks for a description of every compile before it looks at the limit; this one raises it until the call
+    has returned. Calls of other backends, and a limit that the user set, stay as they are.
     """
-    frame = _compiled_call()
-    if frame is None or frame.f_locals["self"] in _raised:
-        return
     config = torch._dynamo.config
     patch = config._make_closure_patcher(recompile_limit=least)
 
-    def enter() -> Callable[[], Any]:
-        return patch() if config.recompile_limit == PYTORCHS_RECOMPILE_LIMIT else lambda: None
+    def describe() -> str:
+        frame = _compiled_call()
+        if frame is None or not is_zipvl(frame.f_locals["self"].callback):
+            return ""
+        if config.recompile_limit == PYTORCHS_RECOMPILE_LIMIT:
+            frame.f_locals["cleanups"].append(patch())  # what is done when the call returns
+        return "zipvl"
 
-    context = frame.f_locals["self"]
-    _raised.add(context)
-    context.enter_exit_hooks.append(enter)  # run when the function is called; what they return, when it has returned
-    frame.f_locals["cleanups"].append(enter())
+    torch._dynamo.register_hook_for_recompile_user_context(describe)
 
 
 def apart() -> dict[str, Any]:

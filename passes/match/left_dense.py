@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -30,7 +31,14 @@ CROSS_OR_CHUNKS = Reason(Why.ENCODER, "no KV cache: cross-attention, or an encod
 WINDOW = Reason(Why.SLIDING_WINDOW, "sliding window or chunks: the cache holds one window only")
 NOT_CACHED = Reason(Why.NOT_CACHED, "keys and values are not cached by the same layer")
 OTHER_GRAPH = Reason(
-    Why.OTHER_GRAPH, "a graph break lies before the attention: its keys come from another graph, cached or not"
+    Why.OTHER_GRAPH,
+    "its keys come from outside of this graph: a graph break lies before the attention, or a cache of another kind "
+    "hands them over, such as the paged one of continuous batching (generate_batch)",
+)
+FIXED_BUFFER = Reason(
+    Why.FOREIGN_CACHE,
+    "the KV cache is a buffer of fixed length that is written in place, as a StaticCache is: use a DynamicCache "
+    "(cache_implementation='dynamic')",
 )
 OTHER_LAYER = Reason(Why.OTHER_LAYER, "no KV cache of its own: it reads that of a layer that stays dense")
 FOREIGN_CACHE = Reason(
@@ -85,6 +93,8 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     mask = attention.mask
     form = mask_form.MaskForm(()) if mask is None else mask_form.read(mask, attention.mask_hides)
     is_causal = attention.is_causal or form.is_causal
+    if _in_fixed_buffer(key):
+        return cached, FIXED_BUFFER
     if is_cross_attention(attention) and not is_causal:
         return "other", CROSS_ATTENTION
     if _has_cache(attention):
@@ -94,6 +104,22 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     if is_causal:
         return "other", NO_CACHE
     return "other", VISION if same_length else CROSS_OR_CHUNKS
+
+
+def _in_fixed_buffer(key: Node) -> bool:
+    """Return whether keys, or what they are a view of, are a buffer that this graph got or made, and then wrote into."""
+    while True:
+        tensors = [node for node in key.all_input_nodes if isinstance(node.meta.get("example_value"), Tensor)]
+        if not tensors:
+            return any(_writes_into(user, key) for user in key.users)
+        if len(tensors) > 1:
+            return False
+        key = tensors[0]
+
+
+def _writes_into(node: Node, buffer: Node) -> bool:
+    in_place = node.op == "call_method" and str(node.target) in ("index_copy_", "index_put_", "copy_")
+    return (in_place or is_op(node, "setitem")) and node.args[0] is buffer
 
 
 def _has_cache(attention: Attention) -> bool:

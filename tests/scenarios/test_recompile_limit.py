@@ -75,6 +75,12 @@ def test_a_limit_that_the_user_set_stays():
         assert count_compiles("zipvl") == 3
 
 
+def test_compiles_of_another_call_do_not_use_up_the_limit_before_the_first_of_this_one():
+    """All calls of one code object share their entries."""
+    assert count_compiles("zipvl", tau=1.0) == 20
+    assert count_compiles("zipvl", tau=0.6) == 20
+
+
 def past_the_limit(model, backend, **options):
     """Return a compiled function that calls the model, and that PyTorch compiles no more."""
 

@@ -10,10 +10,12 @@ VOCAB = 128
 
 def model(**changes) -> LlamaForCausalLM:
     """Return the eager model in eval mode; every call gives the same weights."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
-    )  # fmt: skip
+    usual = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**usual | changes)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         built = LlamaForCausalLM(config).eval()

@@ -75,23 +75,17 @@ def test_the_backend_of_the_running_call_is_found(name):
     assert ours is dynamo.is_zipvl(found) is (name == "zipvl")
 
 
-@pytest.mark.parametrize(("set_by_user", "seen"), [(8, 20), (4, 4), (30, 30)])
-def test_the_recompile_limit_is_raised_in_the_running_call_only(set_by_user, seen):
-    def raising(gm, inputs):
-        dynamo.raise_recompile_limit(20)
-        dynamo.raise_recompile_limit(20)
-        return gm.forward
-
+@pytest.mark.parametrize(
+    ("name", "set_by_user", "seen"), [("zipvl", 8, 64), ("zipvl", 4, 4), ("zipvl", 70, 70), ("eager", 8, 8)]
+)
+def test_the_recompile_limit_is_raised_in_zipvls_calls_only(name, set_by_user, seen):
     model, config = Asking(), torch._dynamo.config
-    dynamo.raise_recompile_limit(20)  # no call: nothing to raise it for
     with config.patch(recompile_limit=set_by_user):
-        f = torch.compile(model, backend=raising)
-        for _ in range(2):
-            f(torch.ones(2))
-            assert config.recompile_limit == set_by_user
-            f(torch.ones(2))
-            assert model.answers[2] == seen
-        assert len(f.dynamo_ctx.enter_exit_hooks) == len(torch.compile(model, backend="eager").dynamo_ctx.enter_exit_hooks) + 1
+        f = torch.compile(model, backend=name, **({"options": {"inner": "eager"}} if name == "zipvl" else {}))
+        f(torch.ones(2))
+        assert model.answers[2] == seen and config.recompile_limit == set_by_user
+        f(torch.ones(2))
+        assert model.answers[2] == set_by_user, "nothing is compiled, nothing is raised"
 
 
 def test_compiled_code_is_kept_apart_where_pytorch_can():

@@ -47,6 +47,19 @@ def cross(modules, q, k, v):
     return modules.attend(q[:, :, :5], k, v)
 
 
+def fixed_buffer(modules, q, k, v):
+    buffers = [torch.zeros(*new.shape[:2], 32, new.shape[3], dtype=new.dtype) for new in (k, v)]
+    for buffer, new in zip(buffers, (k, v), strict=True):
+        buffer.index_copy_(2, torch.arange(20), new)
+    return modules.attend(q, *(buffer[:, :, :20] for buffer in buffers), is_causal=True)
+
+
+def rotated_in_place(modules, q, k, v):
+    k = k * 1
+    k[..., :2] = -k[..., 2:4]
+    return modules.attend(q, k, v, is_causal=True)
+
+
 def foreign_cache(modules, q, k, v):
     k, v = torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
     return modules.attend(q[:, :, :1], k, v)
@@ -79,6 +92,8 @@ REASONS = {
     foreign_cache: [("decode", FOREIGN)],
     foreign_cache_repeated: [("decode", FOREIGN)],
     keys_of_one_layer_and_values_of_none: [("decode", "keys and values are not cached by the same layer")],
+    fixed_buffer: [("prefill", str(left_dense.FIXED_BUFFER))],
+    rotated_in_place: [("other", NO_CACHE)],
     eager_prefill: [("prefill", EAGER)],
 }
 
