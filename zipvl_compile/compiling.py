@@ -1,13 +1,13 @@
 """`zipvl_compile.compile`: compile whatever the `generate` of a model runs step by step, in place.
 
-Most models generate themselves. Others hand over to an inner model, by whatever way leads to it (BLIP-2, peft, wrappers):
+Most models generate themselves. Others hand over to an inner model, by whatever way leads to it (BLIP-2, peft):
 
     def generate(self, pixel_values, input_ids, ...):
         ...
         return self.language_model.generate(...)
 
-There `model.compile(...)` on the outer model compiles nothing that `generate` runs. What a `generate` runs shows only when
-it runs, so every part of the model that can generate is compiled; compiling costs nothing until a part is called.
+There `model.compile(...)` on the outer model compiles nothing that `generate` runs. What a `generate` runs shows only
+when it runs, so every part of the model that can generate is compiled; that costs nothing until a part is called.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ log = logging.getLogger("zipvl_compile")
 _checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
-def compile(model: torch.nn.Module, *, path: str | None = None, **options: Any) -> list[str]:  # a verb, as torch.compile
+def compile(
+    model: torch.nn.Module, *, path: str | None = None, **options: Any
+) -> list[str]:  # a verb, as torch.compile
     """Compile a Hugging Face model for zipvl, in place, so that its `generate` uses it.
 
     On a model that generates itself, this is `model.compile(backend="zipvl", options=options)`, with options that are
@@ -76,9 +78,9 @@ def generating_modules(model: torch.nn.Module) -> list[str]:
                 inside += (f"{path}." if path else "",)
     if not paths:
         raise ValueError(
-            f"path: expected where {type(model).__name__}.generate calls a model, since nothing in it is a Hugging Face "
-            'model that generates, got none. Pass path="" if it calls itself, the path of the module that it calls, '
-            "such as path=\"decoder\", or compile that module itself."
+            f"path: expected where {type(model).__name__}.generate calls a model, since nothing in it is known as a "
+            'Hugging Face model that generates, got none. Pass path="" if it calls itself, the path of the module that '
+            'it calls, such as path="decoder", or compile that module itself.'
         )
     return paths
 
@@ -123,8 +125,8 @@ def uncompiled_generate() -> str | None:
     if asked is None:
         return None
     return (
-        f"zipvl: {type(asked).__name__}.generate runs a {type(runs).__name__} that is not compiled; what was compiled is "
-        "not what it calls. Use zipvl_compile.compile(model) in the place of model.compile(...), or its path=."
+        f"zipvl: {type(asked).__name__}.generate runs a {type(runs).__name__} that is not compiled; what was compiled "
+        "is not what it calls. Use zipvl_compile.compile(model) in the place of model.compile(...), or its path=."
     )
 
 

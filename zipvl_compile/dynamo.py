@@ -164,10 +164,9 @@ def is_compiled_in_place(model: torch.nn.Module) -> bool:
 
 def in_place_for_zipvl(model: torch.nn.Module) -> bool:
     """Return whether `model.compile(backend="zipvl")` was called."""
-    call = model._compiled_call_impl
-    names = () if call is None else call.__code__.co_freevars
-    context = call.__closure__[names.index("self")].cell_contents if "self" in names else None
-    return is_zipvl(getattr(context, "callback", None))
+    call: Any = model._compiled_call_impl
+    cells = {} if call is None else dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True))
+    return "self" in cells and is_zipvl(cells["self"].cell_contents.callback)
 
 
 def is_wrapped_for_zipvl(model: torch.nn.Module) -> bool:

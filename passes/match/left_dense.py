@@ -107,7 +107,7 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
 
 
 def _in_fixed_buffer(key: Node) -> bool:
-    """Return whether keys, or what they are a view of, are a buffer that this graph got or made, and then wrote into."""
+    """Return whether keys, or what they are a view of, are a buffer that this graph got or made, then wrote into."""
     while True:
         tensors = [node for node in key.all_input_nodes if isinstance(node.meta.get("example_value"), Tensor)]
         if not tensors:

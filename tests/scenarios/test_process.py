@@ -54,7 +54,8 @@ def test_two_threads_with_one_model():
     expected = [generate(f, tiny_llama.prompt(40, seed=i)) for i in range(2)]
     torch._dynamo.reset()
     threads = [
-        threading.Thread(target=lambda i=i: results.append((i, generate(f, tiny_llama.prompt(40, seed=i))))) for i in (0, 1)
+        threading.Thread(target=lambda i=i: results.append((i, generate(f, tiny_llama.prompt(40, seed=i)))))
+        for i in (0, 1)
     ]
     for thread in threads:
         thread.start()
@@ -66,7 +67,11 @@ def test_two_threads_with_one_model():
 
 
 def test_two_models_with_two_sets_of_options_keep_to_their_own():
-    sparse, exact, eager = compiled(tiny_llama.model(), tau=0.6), compiled(tiny_llama.model(), tau=1.0), tiny_llama.model()
+    sparse, exact, eager = (
+        compiled(tiny_llama.model(), tau=0.6),
+        compiled(tiny_llama.model(), tau=1.0),
+        tiny_llama.model(),
+    )
     for _ in range(2):  # the second time, all is compiled
         assert max(kept(generate(sparse))) < kept(generate(exact))[0] == PROMPT.shape[1] + 5
         assert torch.equal(generate(exact).sequences, generate(eager).sequences)
@@ -137,7 +142,9 @@ def test_options_are_checked_when_given_or_at_the_first_call_and_nothing_runs_by
     f = tiny_llama.model()
     with pytest.raises(ValueError, match=r"zipvl option 'tau': expected a fraction in \(0, 1\], got 2\."):
         zipvl_compile.compile(f, tau=2)
-    f.compile(backend="zipvl", options={"tau": 2})  # PyTorch shows options to a backend when it compiles the first graph
+    f.compile(
+        backend="zipvl", options={"tau": 2}
+    )  # PyTorch shows options to a backend when it compiles the first graph
     for _ in range(2):
         with pytest.raises(ValueError, match=r"zipvl option 'tau': expected a fraction in \(0, 1\], got 2\."):
             generate(f)

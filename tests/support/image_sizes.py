@@ -8,7 +8,7 @@ from support import tiny_llava
 
 
 def qwen_prompt(height: int, width: int, text: int = 12) -> dict[str, torch.Tensor]:
-    """Return a prompt of Qwen2.5-VL over one image of `height` x `width` patches (both even): a quarter as many tokens."""
+    """Return a prompt of Qwen2.5-VL over one image of `height` x `width` patches, both even: four make a token."""
     generator = torch.Generator().manual_seed(height * 100 + width)
     tokens = height * width // 4
     words = torch.randint(FIRST_WORD, VOCAB, (text,), generator=generator)

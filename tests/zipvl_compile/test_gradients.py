@@ -46,5 +46,3 @@ def test_nothing_is_traced_outside_a_compile():
     assert gradients.gradients_matter()
     with torch.no_grad():
         assert not gradients.gradients_matter()
-
-

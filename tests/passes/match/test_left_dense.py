@@ -21,9 +21,7 @@ FOREIGN = str(left_dense.FOREIGN_CACHE)
 
 def reported(recorder):
     """Return kind and reason of everything that stayed dense, whichever pass said so."""
-    return sorted(
-        (site.kind, site.reason) for site in recorder.noted() if not site.rewritten
-    )
+    return sorted((site.kind, site.reason) for site in recorder.noted() if not site.rewritten)
 
 
 def matmul_attention(q, k, v):
