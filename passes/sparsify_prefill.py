@@ -62,7 +62,11 @@ from zipvl_compile.passes.tokenwise.row_select import token_positions
 
 READ_AGAIN = Reason(Why.CACHE_READ_AGAIN, "the layer's cache is read again in the same graph")
 CHANGED = Reason(Why.CHANGED_IN_PLACE, "keys or values are changed in place")
-NOT_CAUSAL = Reason(Why.NOT_CAUSAL, "no causal mask: cross-attention or an encoder")
+NOT_CAUSAL = Reason(
+    Why.NOT_CAUSAL,
+    "no causal mask: its tokens see all others, as in an encoder; transformers makes no mask for "
+    "attn_implementation='paged|eager' outside of continuous batching: load the model with 'sdpa'",
+)
 ONE_TOKEN = Reason(Why.ONE_TOKEN, "prompt of one token")
 NO_GAIN = Reason(Why.NO_GAIN, "keeping every token gains nothing over dense attention", NEVER)
 FIRST_IS_DENSE = Reason(Why.SHARED_KV, "shared KV: the first attention over this layer's cache stays dense")

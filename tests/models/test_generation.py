@@ -43,7 +43,7 @@ def test_torch_compile_as_a_callable_equals_model_compile():
 def test_training_mode_stays_dense_differentiable_and_says_so():
     f = compiled(tau=0.5)
     f.train()
-    with pytest.warns(UserWarning, match="gradients are needed"):
+    with pytest.warns(UserWarning, match="gradients are on"):
         out = f(**inputs(text=9), use_cache=True)
     out.logits.sum().backward()
     assert f.get_input_embeddings().weight.grad.abs().sum() > 0

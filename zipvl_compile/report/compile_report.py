@@ -18,7 +18,11 @@ from zipvl_compile.passes.match.sites import read_all
 from zipvl_compile.pipeline import Rewritten
 
 log = logging.getLogger("zipvl_compile")
-GRADIENTS = Reason(Why.GRADIENTS, "gradients are needed: call model.eval(), or run under torch.no_grad()")
+GRADIENTS = Reason(
+    Why.GRADIENTS,
+    "gradients are on, and an input or a parameter in training mode requires them: run under torch.no_grad(), or "
+    "detach the inputs and call model.eval()",
+)
 _MAX_REPORTS = 256
 _recent: deque[CompileReport] = deque(maxlen=_MAX_REPORTS)
 _listeners: list[list[CompileReport]] = []

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
 from zipvl_compile.callers import LOGITS_TO_KEEP
-from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
+from zipvl_compile.dynamo import TRACING_LOGGERS, apart, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.report import compile_report as report
@@ -91,6 +91,7 @@ def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
         arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
     return arguments
+    return {"options": _OwnOptions(options), **apart()}
 
 
 @contextlib.contextmanager
