@@ -45,12 +45,14 @@ from zipvl_compile.passes.graph.op_calls import (
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import PARTS, Pruning
-from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.match.reasons import fault
+from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, size
+from zipvl_compile.passes.tokenwise.row_values import ZERO
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 Rows = Shared | OfEachSample
@@ -59,10 +61,10 @@ Rows = Shared | OfEachSample
 class Around:
     """An attention among the kept tokens, as it stands in the graph, with the selection that chose them."""
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.whole = SparseAttentionCall.matches(node)  # else it has the newest queries only
-        self.call = SparseAttentionCall.read(node) if self.whole else DecodeAttentionCall.read(node)
+    def __init__(self, site: Site) -> None:
+        self.node, self.why = site.node, site.every_query
+        self.whole = SparseAttentionCall.matches(self.node)  # else it has the newest queries only
+        self.call = SparseAttentionCall.read(self.node) if self.whole else DecodeAttentionCall.read(self.node)
         self.positions: Node = self.call.positions
         self.query: Node = self.call.q
         self.selection = SelectTokensCall.read(self.positions)
@@ -84,6 +86,11 @@ class Around:
     @property
     def all_attend(self) -> bool:
         return isinstance(self.call, SparseAttentionCall) and self.call.queries == "all"
+
+    @property
+    def every_query(self) -> str:
+        """Return that every query attends, and why, where the option does not say so."""
+        return f"every query attends{self.why and ': '}{self.why}"
 
     @property
     def axes(self) -> Axes:
@@ -132,7 +139,7 @@ def prune_queries(site: Around, kept: Rows) -> tuple[Node, Cone]:
         Mixes: Q is needed in full, or not known to be computed token by token.
     """
     if site.all_attend:
-        raise Mixes("every query attends")
+        raise Mixes(site.every_query)
     cone = computed_only_for(site.query, site.axes, {site.node, site.scores_node})
     query = _compute(cone, kept, site.node)[site.query]
     if site.scores.q is site.query:
@@ -185,13 +192,13 @@ def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
     attention = site.node
     assert isinstance(site.call, SparseAttentionCall)
     if site.all_attend:
-        return "every query attends"
+        return site.every_query
     below = forward_slice.find(attention, site.axes)
     reason = "" if below.projects else next((below.stops[n] for n in sorted(below.stops)), "there is none")
     if reason and query is None:
         return reason
     if reason:  # nothing is gained below the attention itself
-        below = forward_slice.Below(attention, {attention: site.axes}, {attention})
+        below = forward_slice.Below(attention, {attention: site.axes}, {attention: ZERO})
     query = query or kept.take(site.query, site.axes, attention)
     # What it reads now: pruning the values has put others in their place.
     out = replace(SparseAttentionCall.read(attention), q=query).insert(attention)
@@ -205,27 +212,32 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
     try:
         with undone_on_error(graph):
             prune_values(site, kept)
-    except Mixes as why:
-        reasons["v"] = str(why)
+    except Exception as why:
+        reasons["v"] = _said(why)
     try:
         with undone_on_error(graph):
             if site.whole:
                 query, cone = prune_queries(site, kept)
             else:  # its output has the demanded rows only
                 prune_demanded_queries(site)
-    except Mixes as why:
-        reasons["q"] = str(why)
+    except Exception as why:
+        reasons["q"] = _said(why)
     if site.whole:
         try:
             with undone_on_error(graph):
                 reason = prune_output(site, kept, query)
-        except Mixes as why:
-            reason = str(why)
+        except Exception as why:
+            reason = _said(why)
         if reason:
             reasons["output"] = reason
     if cone is not None:
         cone.erase()
     return reasons
+
+
+def _said(why: Exception) -> str:
+    """Return a refusal; whatever else was raised, as fake values of an operation do, is one, too."""
+    return str(why) if isinstance(why, Mixes) else str(fault(why))
 
 
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
@@ -234,7 +246,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     for site in sites.prefill:
         if not site.rewritten:
             continue
-        around = Around(site.node)
+        around = Around(site)
         if reason := refusal(around):
             sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
             continue

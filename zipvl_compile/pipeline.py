@@ -21,6 +21,7 @@ from torch.fx import Graph
 
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
+    attend_all_queries,
     choose_kernels,
     demand_rows,
     fuse_gathers,
@@ -51,6 +52,7 @@ class Row:
 
 PIPELINE: tuple[Row, ...] = (
     Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
+    Row("attend_all_queries", attend_all_queries.apply, ("selections",), "rows that every layer can take"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),

@@ -37,6 +37,7 @@ class Site:
         node: what gives the attention's output now.
         rewritten: whether a pass made it sparse, or read a compacted cache.
         reason: why it stays dense, once that is known.
+        every_query: why every query of a sparse attention attends though the rule gives zero to most; empty elsewhere.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
 
@@ -47,6 +48,7 @@ class Site:
     name: str = field(init=False)
     rewritten: bool = False
     reason: Reason | None = None
+    every_query: str = ""
     mask: MaskForm | None = None
     shape: AttentionShape | None = None
 

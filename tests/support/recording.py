@@ -13,6 +13,7 @@ from zipvl_compile.pipeline import rewrite, without
 
 SELECTION = {"tau": 0.8, "recent_probes": 6, "random_probes": 6, "seed": 3, "min_tokens": 0}
 # The rest of the pipeline changes neither what is computed nor which attention reads it.
+PRUNING = ("attend_all_queries", "demand_rows", "prune_projections")
 LATER = ("unmask_dense", "keep_every_token", "fuse_gathers", "choose_kernels")
 
 
@@ -91,7 +92,7 @@ class Recorder:
 
     def __init__(self, settings, inner, prune, passes=None):
         self.settings, self.inner = settings, inner
-        self.passes = passes or without(*LATER, *(() if prune else ("demand_rows", "prune_projections")))
+        self.passes = passes or without(*LATER, *(() if prune else PRUNING))
         self.sites, self.graphs, self.erased, self.added, self.faults = [], [], [], [], []
 
     @property
