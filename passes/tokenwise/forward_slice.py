@@ -31,6 +31,7 @@ from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, copy_for_rows, multiplies, reads_size
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, size
 from zipvl_compile.passes.tokenwise.row_values import ZERO, Interval
+from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
 
@@ -136,10 +137,13 @@ def _added_to(user: Node, node: Node) -> Node | None:
 def find(start: Node, axes: Axes) -> Below:
     """Return the row-wise operations below `start`."""
     below = Below(start, {start: axes}, {start: ZERO})
+    autocast = under_autocast(start.graph)
     node = start.next
     while node.op != "output":
         if not below.nodes.keys().isdisjoint(node.all_input_nodes) and not reads_size(node):
             try:
+                if node in autocast:
+                    raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
                 _add(below, node)
             except Mixes as reason:
                 below.stops[node] = str(reason)

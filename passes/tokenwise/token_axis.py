@@ -49,16 +49,17 @@ def axis_below(node: Node, given: Carried) -> int:
     Raises:
         Mixes: there is none.
     """
-    reason = Mixes(f"{spelled(node)!r} meets tokens on different axes")
+    reasons = {}
     for axis in range(rank(node)):
         try:
             inputs = carried(node, axis)
-        except Mixes as found:
-            reason = found
+        except Mixes as reason:
+            reasons[axis] = reason
             continue
         if all(inputs.get(x) == a for x, a in given.items()):
             return axis
-    raise reason
+    likely = next((a for a in given.values() if a in reasons), max(reasons, default=0))
+    raise reasons.get(likely, Mixes(f"{spelled(node)!r} meets tokens on different axes"))
 
 
 def _check_inside(node: Node) -> None:

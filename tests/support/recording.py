@@ -111,10 +111,7 @@ class Recorder:
         return [Noted(one.layer, one.kind, str(one.reason or "")) for one in found]
 
     def __call__(self, gm, example_inputs):
-        fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
-        if fake_mode is not None and fake_mode.shape_env is not None:
-            env = fake_mode.shape_env
-            env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+        with_unknown_sizes(gm)
         before, returned = _nodes(gm.graph), _returned_inputs(gm.graph)
         if self.settings is not None:
             done = rewrite(gm.graph, self.settings, self.passes)
@@ -130,10 +127,19 @@ class Recorder:
         if self.inner is not None:
             return torch._dynamo.lookup_backend(self.inner)(gm, example_inputs)
 
-        return functools.partial(_run_checked, gm)
+        return functools.partial(run_checked, gm)
 
 
-def _run_checked(gm, *inputs):
+def with_unknown_sizes(gm):
+    """Allow sizes in a graph that only the running graph knows."""
+    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
+    if fake_mode is not None and fake_mode.shape_env is not None:
+        env = fake_mode.shape_env
+        env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+
+
+def run_checked(gm, *inputs):
+    """Run a graph node by node, every fake value compared with the true one."""
     return CheckedRun(gm).run(*inputs)
 
 
