@@ -46,7 +46,7 @@ from zipvl_compile.passes.graph.op_calls import (
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import PARTS, Pruning
 from zipvl_compile.passes.match.reasons import fault
-from zipvl_compile.passes.match.sites import Site, Sites
+from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
@@ -61,10 +61,10 @@ Rows = Shared | OfEachSample
 class Around:
     """An attention among the kept tokens, as it stands in the graph, with the selection that chose them."""
 
-    def __init__(self, site: Site) -> None:
-        self.node, self.why = site.node, site.every_query
-        self.whole = SparseAttentionCall.matches(self.node)  # else it has the newest queries only
-        self.call = SparseAttentionCall.read(self.node) if self.whole else DecodeAttentionCall.read(self.node)
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.whole = SparseAttentionCall.matches(node)  # else it has the newest queries only
+        self.call = SparseAttentionCall.read(node) if self.whole else DecodeAttentionCall.read(node)
         self.positions: Node = self.call.positions
         self.query: Node = self.call.q
         self.selection = SelectTokensCall.read(self.positions)
@@ -86,11 +86,6 @@ class Around:
     @property
     def all_attend(self) -> bool:
         return isinstance(self.call, SparseAttentionCall) and self.call.queries == "all"
-
-    @property
-    def every_query(self) -> str:
-        """Return that every query attends, and why, where the option does not say so."""
-        return f"every query attends{self.why and ': '}{self.why}"
 
     @property
     def axes(self) -> Axes:
@@ -139,7 +134,7 @@ def prune_queries(site: Around, kept: Rows) -> tuple[Node, Cone]:
         Mixes: Q is needed in full, or not known to be computed token by token.
     """
     if site.all_attend:
-        raise Mixes(site.every_query)
+        raise Mixes("every query attends")
     cone = computed_only_for(site.query, site.axes, {site.node, site.scores_node})
     query = _compute(cone, kept, site.node)[site.query]
     if site.scores.q is site.query:
@@ -192,7 +187,7 @@ def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
     attention = site.node
     assert isinstance(site.call, SparseAttentionCall)
     if site.all_attend:
-        return site.every_query
+        return "every query attends"
     below = forward_slice.find(attention, site.axes)
     reason = "" if below.projects else next((below.stops[n] for n in sorted(below.stops)), "there is none")
     if reason and query is None:
@@ -246,7 +241,11 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     for site in sites.prefill:
         if not site.rewritten:
             continue
-        around = Around(site)
+        if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
+            reason = f"the attention is dense: {site.needs_true_rows}"
+            sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
+            continue
+        around = Around(site.node)
         if reason := refusal(around):
             sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
             continue

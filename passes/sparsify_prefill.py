@@ -16,7 +16,8 @@ After:
     keys, values    = gather_tokens(k | v, positions, spare)                    the same nodes, now P tokens
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
-With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
+Where what reads the output cannot take rows of zeros (`keep_true_rows.py`), the attention stays as it is and only the
+cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
@@ -168,6 +169,11 @@ def select(attention: Attention, layer: Node, masks: CanonicalMasks, settings: S
     return Kept(keys, values, positions)
 
 
+def keeps_all(kept: Kept, attention: Attention) -> bool:
+    """Return whether every token is kept, so that no row of the attention becomes zero."""
+    return statically_known_true(example(kept.positions).shape[2] == example(attention.key).shape[2])
+
+
 def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Settings) -> Node:
     """Put attention among the kept tokens in the place of the dense attention, and return its call."""
     if attention.reads_whole_prompt:
@@ -215,7 +221,8 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                     )
                     if owner is None:
                         owner = attention, select(attention, site.layer, sites.masks, settings)
-                    site.node = attend(attention, owner[1], sites.masks, settings)
+                    if not site.needs_true_rows or keeps_all(owner[1], attention):
+                        site.node = attend(attention, owner[1], sites.masks, settings)
                     site.rewritten = True
         except Exception as error:  # a fault of ours must not break the user's compile
             if site.layer._erased and first:  # too late to undo it here

@@ -21,11 +21,11 @@ from torch.fx import Graph
 
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
-    attend_all_queries,
     choose_kernels,
     demand_rows,
     fuse_gathers,
     keep_every_token,
+    keep_true_rows,
     prune_projections,
     read_compact_cache,
     sparsify_prefill,
@@ -51,8 +51,8 @@ class Row:
 
 
 PIPELINE: tuple[Row, ...] = (
-    Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
-    Row("attend_all_queries", attend_all_queries.apply, ("selections",), "rows that every layer can take"),
+    Row("keep_true_rows", keep_true_rows.apply, ("sites",), "what takes rows of zeros"),
+    Row("sparsify_prefill", sparsify_prefill.apply, ("sites", "what takes rows of zeros"), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),

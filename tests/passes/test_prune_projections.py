@@ -125,8 +125,7 @@ def test_what_is_not_token_by_token_stays_dense_and_says_why(record, form):
         recorder = record(module, x, prune=True, **RATIO)[1]
     else:
         _, recorder = both(record, module, x, **RATIO)
-    # A layer that may not be given rows of zeros has every query attend.
-    parts = {part, "q"} if recorder.sites[0].prefill[0].every_query else {part}
+    parts = set(ALL) if recorder.sites[0].prefill[0].needs_true_rows else {part}
     assert set(reasons(recorder)) == parts and reason in reasons(recorder)[part]
     assert widths(recorder.graphs[0])[part[0]] == [N]
 
@@ -228,6 +227,6 @@ def test_an_operation_that_does_not_take_some_tokens_is_computed_for_all(record,
 def test_what_surrounds_an_attention_is_read_from_the_graph(record):
     _, recorder = record(Stack(), hidden_states(), **RATIO)
     sites = recorder.sites[0].prefill
-    around = [prune_projections.Around(site) for site in sites]
+    around = [prune_projections.Around(site.node) for site in sites]
     assert all(one.whole and not one.all_attend and not prune_projections.refusal(one) for one in around)
     assert all(one.scores.q is one.query and one.selection.keep_ratio == RATIO["keep_ratio"] for one in around)

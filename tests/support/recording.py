@@ -13,7 +13,7 @@ from zipvl_compile.pipeline import rewrite, without
 
 SELECTION = {"tau": 0.8, "recent_probes": 6, "random_probes": 6, "seed": 3, "min_tokens": 0}
 # The rest of the pipeline changes neither what is computed nor which attention reads it.
-PRUNING = ("attend_all_queries", "demand_rows", "prune_projections")
+PRUNING = ("keep_true_rows", "demand_rows", "prune_projections")
 LATER = ("unmask_dense", "keep_every_token", "fuse_gathers", "choose_kernels")
 
 
