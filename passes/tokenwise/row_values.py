@@ -59,7 +59,9 @@ def _in_its_dtype(node: Node, low: float, high: float) -> Interval:
         for end, rounded in zip((low, high), ends, strict=True):
             _check(node, [end], rounded)
         return ends[0], ends[1]
-    return (low, high) if low == high and float(low).is_integer() else ANY
+    if dtype is torch.bool:
+        return ZERO if (low, high) == ZERO else (0.0, 1.0)
+    return (low, high) if low == high and float(low).is_integer() else ANY  # others may wrap around
 
 
 def _check(node: Node, ends: list[float], result: float) -> None:
@@ -73,6 +75,8 @@ def _at(node: Node, values: dict[Node, float]) -> float:
     def number(x: Node) -> torch.Tensor:
         fake = example(x)
         shape = [1] * min(fake.dim(), 1)
+        if math.isinf(values[x]) and not fake.dtype.is_floating_point:
+            raise Mixes(f"what {spelled(node)!r} makes of a row of zeros is not known")
         return torch.full(shape, values[x], dtype=torch.float64, device="cpu").to(fake.dtype)
 
     args, kwargs = map_arg(node.args, number), map_arg(node.kwargs, number)

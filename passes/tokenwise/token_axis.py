@@ -59,7 +59,8 @@ def axis_below(node: Node, given: Carried) -> int:
         if all(inputs.get(x) == a for x, a in given.items()):
             return axis
     likely = next((a for a in given.values() if a in reasons), max(reasons, default=0))
-    raise reasons.get(likely, Mixes(f"{spelled(node)!r} meets tokens on different axes"))
+    unlike = "meets tokens on different axes" if rank(node) else "may mix tokens"
+    raise reasons.get(likely, Mixes(f"{spelled(node)!r} {unlike}"))
 
 
 def _check_inside(node: Node) -> None:
