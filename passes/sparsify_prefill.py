@@ -17,9 +17,9 @@ After:
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
 Rows that are read after the last layer (`read_demands`) are kept, on top of p, and so attend; where all are read,
-every query attends.
-
-With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
+every query attends. Where what reads the output cannot take rows of zeros (`keep_true_rows`), the attention stays as it
+is and only the cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and the attention gets
+gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
@@ -203,6 +203,11 @@ def select(site: Site, attention: Attention, masks: CanonicalMasks, demanded: De
     return Kept(keys, values, positions)
 
 
+def keeps_all(kept: Kept, attention: Attention) -> bool:
+    """Return whether every token is kept, so that no row of the attention becomes zero."""
+    return statically_known_true(example(kept.positions).shape[2] == example(attention.key).shape[2])
+
+
 def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Settings) -> Node:
     """Put attention among the kept tokens in the place of the dense attention, and return its call."""
     if attention.reads_whole_prompt:
@@ -252,7 +257,8 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                     )
                     if owner is None:
                         owner = attention, select(site, attention, sites.masks, sites.demanded, settings)
-                    site.node = attend(attention, owner[1], sites.masks, settings)
+                    if not site.needs_true_rows or keeps_all(owner[1], attention):
+                        site.node = attend(attention, owner[1], sites.masks, settings)
                     site.rewritten = True
         except Exception as error:  # a fault of ours must not break the user's compile
             if site.layer._erased and first:  # too late to undo it here

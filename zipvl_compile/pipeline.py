@@ -27,6 +27,7 @@ from zipvl_compile.passes import (
     demand_rows,
     fuse_gathers,
     keep_every_token,
+    keep_true_rows,
     prune_projections,
     read_compact_cache,
     read_demands,
@@ -54,7 +55,8 @@ class Row:
 
 PIPELINE: tuple[Row, ...] = (
     Row("read_demands", read_demands.apply, ("sites",), "rows that are read"),
-    Row("sparsify_prefill", sparsify_prefill.apply, ("sites", "rows that are read"), "selections"),
+    Row("keep_true_rows", keep_true_rows.apply, ("sites", "rows that are read"), "what takes rows of zeros"),
+    Row("sparsify_prefill", sparsify_prefill.apply, ("rows that are read", "what takes rows of zeros"), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),

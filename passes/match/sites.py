@@ -37,6 +37,7 @@ class Site:
         node: what gives the attention's output now.
         rewritten: whether a pass made it sparse, or read a compacted cache.
         reason: why it stays dense, once that is known.
+        needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
 
@@ -47,6 +48,7 @@ class Site:
     name: str = field(init=False)
     rewritten: bool = False
     reason: Reason | None = None
+    needs_true_rows: str = ""
     mask: MaskForm | None = None
     shape: AttentionShape | None = None
 

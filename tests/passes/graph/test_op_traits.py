@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from zipvl_compile.passes.graph.op_traits import NAMES, SYNONYMS, TABLE, Tokens, Zeros, of_target
 from zipvl_compile.passes.graph.private import OpOverloadPacket
-from zipvl_compile.passes.tokenwise.axis_rules import _RULES
+from zipvl_compile.passes.tokenwise.axis_rules import RULES
 
 # Python and aten differ in how these are called, or aten has the arguments of its own forward only.
 CALLED_OTHERWISE = {
@@ -51,7 +51,7 @@ def test_writes_are_those_of_the_schema(packet):
 
 def test_names_are_unique_and_rules_exist_for_every_way_of_carrying_tokens():
     assert {op.name for op in TABLE.values()} <= NAMES
-    assert set(_RULES) == set(Tokens)
+    assert set(RULES) == set(Tokens)
 
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
