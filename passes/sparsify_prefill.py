@@ -16,8 +16,9 @@ After:
     keys, values    = gather_tokens(k | v, positions, spare)                    the same nodes, now P tokens
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
-Where what reads the output cannot take rows of zeros (`keep_true_rows.py`), the attention stays as it is and only the
-cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
+Where what reads the output cannot take rows of zeros (`keep_true_rows.py`), only the cache is compacted.
+
+With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.

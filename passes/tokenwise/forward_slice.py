@@ -175,7 +175,12 @@ def _add(below: Below, node: Node) -> None:
     if others:
         alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))
         known = {x: a for given in below.others.values() for x, a in given.items()}
-        if not is_op(node, "mul") or interval != ZERO or not alike or any(known.get(x, a) != a for x, a in others.items()):
+        if (
+            not is_op(node, "mul")
+            or interval != ZERO
+            or not alike
+            or any(known.get(x, a) != a for x, a in others.items())
+        ):
             raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
         below.others[node] = others
     below.nodes[node], below.values[node] = Axes(token, batch), interval

@@ -92,7 +92,14 @@ NORMS = {
     "rms in float32": rms_in_float32,
     "none": plain,
 }
-VALUES = {"plain": plain, "in place": in_place, "views": through_views, "gate": gate, "per token": per_token, "sums": sums}
+VALUES = {
+    "plain": plain,
+    "in place": in_place,
+    "views": through_views,
+    "gate": gate,
+    "per token": per_token,
+    "sums": sums,
+}
 ATTENDED = {
     "plain": plain, "gate": gate, "gate of heads": gate_of_heads, "per token": per_token,
     "per token, epsilon": per_token_with_epsilon, "per tensor": per_tensor, "rms": lambda x, h: rms(x),
@@ -103,8 +110,10 @@ ATTENDED = {
 PROJECTED = {
     "plain": plain, "rms": lambda x: rms(x), "rms, no epsilon": lambda x: rms(x, 0.0), "rms in float32": rms_in_float32,
     "layer norm": lambda x: F.layer_norm(x, (WIDTH,), None, SHIFT), "per token": per_token, "in place": in_place,
-    "unit length": lambda x: x / x.norm(dim=-1, keepdim=True), "native norm, no epsilon": lambda x: F.normalize(x, dim=-1),
-    "dropout": lambda x: F.dropout(x, 0.5, False), "cosine": lambda x: x.cos() + 2, "inverse": lambda x: 1 / (x + 3).exp(),
+    "unit length": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "native norm, no epsilon": lambda x: F.normalize(x, dim=-1),
+    "dropout": lambda x: F.dropout(x, 0.5, False), "cosine": lambda x: x.cos() + 2,
+    "inverse": lambda x: 1 / (x + 3).exp(),
     "logarithm": lambda x: torch.log(x.abs()).clamp(-5, 5), "mean is zero": lambda x: x - x.mean(-1, keepdim=True),
 }  # fmt: skip
 RESIDUALS = {

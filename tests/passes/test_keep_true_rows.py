@@ -1,4 +1,4 @@
-"""Which attentions stay dense since what reads them cannot take rows of zeros; their cache is compacted all the same."""
+"""Which attentions stay dense since what reads them cannot take rows of zeros; their cache is compacted."""
 
 import pytest
 import torch
