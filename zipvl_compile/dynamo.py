@@ -183,11 +183,6 @@ def original_of(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def is_compiled_in_place(model: torch.nn.Module) -> bool:
-    """Return whether `model.compile(...)` was called."""
-    return model._compiled_call_impl is not None
-
-
 def in_place_for_zipvl(model: torch.nn.Module) -> bool:
     """Return whether `model.compile(backend="zipvl")` was called."""
     call: Any = model._compiled_call_impl

@@ -8,7 +8,7 @@ refused wherever it matters, and may have written to everything that it was give
     x += y    x.add_(y)    torch.add(x, y, out=x)                           what they write to
 
 The table says how the token axis goes through an operation and what is known of the values of its rows; the rules
-themselves stand in `tokenwise/`. What an operation computes at one index stands in `masks/index_rules.py`, by the name given here.
+themselves stand in `tokenwise/`. What an operation computes at one index stands in `masks/index_rules.py`, by its name.
 """
 
 from __future__ import annotations

@@ -42,12 +42,8 @@ def _projection(node: Node) -> Node | None:
 def split(projection: Node) -> bool:
     """Put a projection for each piece in the place of one that is read in pieces only."""
     found = pieces(projection)
-    if (
-        len(found) < 2
-        or holds_subclass(projection)
-        or changed_in_place(projection)
-        or any(changed_in_place(piece) for piece, _, _ in found)
-    ):
+    written = changed_in_place(projection) or any(changed_in_place(piece) for piece, _, _ in found)
+    if len(found) < 2 or holds_subclass(projection) or written:  # of a quantised weight no parts are taken
         return False
     given = arguments(projection)
     readers = list(projection.users)

@@ -75,8 +75,8 @@ def _leading_axes(node: Node, given: dict[Node, int]) -> int:
     if is_op(node, "view", "reshape", "flatten"):
         ((source, count),) = given.items()
         return same_rows(source, count, node)
-    (count,) = set(given.values()) if len(set(given.values())) == 1 else (None,)
-    if count is None:
+    count = min(given.values())
+    if count != max(given.values()):
         raise Mixes(f"{spelled(node)!r} meets rows that are counted otherwise")
     for axis in range(count):
         inputs = carried(node, axis)

@@ -110,8 +110,10 @@ ATTENDED = {
 PROJECTED = {
     "plain": plain, "rms": lambda x: rms(x), "rms, no epsilon": lambda x: rms(x, 0.0), "rms in float32": rms_in_float32,
     "layer norm": lambda x: F.layer_norm(x, (WIDTH,), None, SHIFT), "per token": per_token, "in place": in_place,
-    "unit length": lambda x: x / x.norm(dim=-1, keepdim=True), "native norm, no epsilon": lambda x: F.normalize(x, dim=-1),
-    "dropout": lambda x: F.dropout(x, 0.5, False), "cosine": lambda x: x.cos() + 2, "inverse": lambda x: 1 / (x + 3).exp(),
+    "unit length": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "native norm, no epsilon": lambda x: F.normalize(x, dim=-1),
+    "dropout": lambda x: F.dropout(x, 0.5, False), "cosine": lambda x: x.cos() + 2,
+    "inverse": lambda x: 1 / (x + 3).exp(),
     "logarithm": lambda x: torch.log(x.abs()).clamp(-5, 5), "mean is zero": lambda x: x - x.mean(-1, keepdim=True),
 }  # fmt: skip
 RESIDUALS = {

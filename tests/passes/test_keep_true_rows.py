@@ -1,4 +1,4 @@
-"""Which attentions stay dense since what reads them cannot take rows of zeros; their cache is compacted all the same."""
+"""Which attentions stay dense since what reads them cannot take rows of zeros; their cache is compacted."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from support.hidden_states import RATIO, N, P, Stack, hidden_states
 from support.recording import LATER
 from torch import nn
 
+from zipvl_compile.passes import keep_true_rows
 from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.tokenwise.zero_rows import LEAVES_THE_GRAPH
 from zipvl_compile.pipeline import without
@@ -56,6 +57,13 @@ def test_a_plain_layer_takes_zeros(record):
     _, recorder = record(Stack(), hidden_states(), rows=ROWS, **RATIO)
     assert [site.needs_true_rows for site in recorder.sites[0].prefill] == ["", ""]
     assert not dense(recorder.graphs[0])
+
+
+def test_a_fault_of_the_proof_keeps_the_attention_dense(record, monkeypatch):
+    monkeypatch.setattr(keep_true_rows.zero_rows, "refusal", lambda node, axis: 1 / 0)
+    _, recorder = record(Stack(layers=1), hidden_states(), rows=ROWS, **RATIO)
+    (site,) = recorder.sites[0].prefill
+    assert "zipvl failed on it (ZeroDivisionError" in site.needs_true_rows and dense(recorder.graphs[0])
 
 
 class AttentionOnly(nn.Module):

@@ -87,11 +87,7 @@ class OwnOptions(dict):
 
 def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `torch.compile` that keep this compile apart from those of the user's model."""
-    arguments: dict[str, Any] = {"options": OwnOptions(options)}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
-        arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
-    return arguments
-    return {"options": _OwnOptions(options), **apart()}
+    return {"options": OwnOptions(options), **apart()}
 
 
 @contextlib.contextmanager

@@ -39,15 +39,18 @@ OPERATIONS = {
     "reshape": lambda x: x.reshape(-1, 2, 3), "flatten": lambda x: x.flatten(0), "unsqueeze": lambda x: x.unsqueeze(1),
     "unflatten": lambda x: x.unflatten(1, (2, 3)), "squeeze": lambda x: x.squeeze(0),
     "expand": lambda x: x.expand(2, 1, 6), "split": lambda x: x.split(3, -1), "chunk": lambda x: x.chunk(2, -1),
-    "unbind": lambda x: x.unbind(1), "getitem": lambda x: x[:, 1:], "cat": lambda x: torch.cat((x, 1 / (x * x + 1)), -1),
+    "unbind": lambda x: x.unbind(1), "getitem": lambda x: x[:, 1:],
+    "cat": lambda x: torch.cat((x, 1 / (x * x + 1)), -1),
     "stack": lambda x: torch.stack((x, x), 1), "repeat_interleave": lambda x: x.repeat_interleave(2, -1),
     "ones_like": torch.ones_like, "zeros_like": torch.zeros_like, "full_like": lambda x: torch.full_like(x, 7.0),
 }  # fmt: skip
 MORE = {
     "its square": lambda x: x * x, "fourth power": lambda x: x**4, "a root": lambda x: x**0.5,
     "inverse square": lambda x: x**-2, "inverse cube": lambda x: x**-3, "third power": lambda x: x**3,
-    "divided": lambda x: x / 3, "by itself": lambda x: x / (x + 2.5), "a norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6),
-    "scaled": lambda x: x / x.abs().amax(-1, True), "a product": lambda x: (x + 1) * (x - 1), "centred": lambda x: x - x.mean(-1, True),
+    "divided": lambda x: x / 3, "by itself": lambda x: x / (x + 2.5),
+    "a norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6),
+    "scaled": lambda x: x / x.abs().amax(-1, True), "a product": lambda x: (x + 1) * (x - 1),
+    "centred": lambda x: x - x.mean(-1, True),
     "in half precision": lambda x: torch.rsqrt(x.half().square() + 1e-8), "a bias": lambda x: F.linear(x, W, B).exp(),
     "a matrix of int8": lambda x: (x.round().clamp(-2, 2).to(torch.int8) + 1).float(),
     "masked by infinity": lambda x: x.masked_fill(x > 0, -math.inf), "large": lambda x: x.half() * 1e5,
@@ -94,7 +97,8 @@ def test_every_operation_that_the_table_knows_is_tried():
 
 
 ZERO = {
-    **dict.fromkeys(("linear", "matmul", "rms_norm", "layer_norm", "a norm", "mul", "sum", "var", "centred"), (0.0, 0.0)),
+    **dict.fromkeys(("linear", "matmul", "rms_norm", "layer_norm", "a norm", "mul", "sum", "var"), (0.0, 0.0)),
+    "centred": (0.0, 0.0),
     "exp": (1.0, 1.0), "add": (0.3, 0.3), "addmm": row_values.ANY, "softmax": (0.0, 1.0), "by itself": (0.0, 0.0),
     "a matrix of int8": (1.0, 1.0), "full_like": (7.0, 7.0),
 }  # fmt: skip

@@ -42,6 +42,10 @@ def flat(a):
     return torch.addmm(B, a.view(-1, 8), W).view(a.shape)
 
 
+def heads(a):
+    return a.view(2, 7, 2, 4).transpose(1, 2).contiguous().transpose(1, 2).reshape(2, 7, 8)
+
+
 def written(a):
     a = F.linear(a, W)
     a.mul_(2)
@@ -51,12 +55,15 @@ def written(a):
 TAKES = {
     "linear": lambda a, x: x + F.linear(a, W), "bias": lambda a, x: x + F.linear(a, W, B),
     "gate": lambda a, x: x + a * torch.sigmoid(x), "norm": lambda a, x: x + rms(a, 1e-6),
-    "norm of a bias": lambda a, x: x + rms(F.linear(a, W, B), 1e-6), "layer norm": lambda a, x: x + F.layer_norm(a, (8,)),
+    "norm of a bias": lambda a, x: x + rms(F.linear(a, W, B), 1e-6),
+    "layer norm": lambda a, x: x + F.layer_norm(a, (8,)),
     "flat": lambda a, x: x + flat(a), "in half precision": lambda a, x: x + rms(a.half(), 1e-4).double(),
     "scaled with an epsilon": lambda a, x: x + a / a.abs().amax(-1, keepdim=True).clamp(min=1e-5),
     "into the residual": lambda a, x: (x * 1).add_(a), "into the output": lambda a, x: a.add_(x),
-    "divided by a row": lambda a, x: x + a / x, "heads": lambda a, x: x + a.view(2, 7, 2, 4).transpose(1, 2).transpose(1, 2).reshape(2, 7, 8),
-    "square as a product": lambda a, x: x + a / ((a * a).sum(-1, keepdim=True) + 1).sqrt(), "size only": lambda a, x: x + a.shape[1],
+    "divided by a row": lambda a, x: x + a / x,
+    "heads": lambda a, x: x + heads(a),
+    "square as a product": lambda a, x: x + a / ((a * a).sum(-1, keepdim=True) + 1).sqrt(),
+    "size only": lambda a, x: x + a.shape[1],
 }  # fmt: skip
 REFUSES = {
     "no epsilon": (lambda a, x: x + rms(a, 0.0), "'rsqrt' may divide a row of zeros by zero"),
