@@ -91,8 +91,8 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     windows = [user for user in key.users if _is_window(user)]
     if windows and (_grows(key) or any(is_op(user, "copy_") for window in windows for user in window.users)):
         return cached, WINDOW
-    if _is_written(key):
-        return cached, STATIC_CACHE
+    if _is_written(key):  # as many keys as there is room, whatever the prompt has
+        return "decode" if statically_known_true(_queries(attention) == 1) else "prefill", STATIC_CACHE
     if _grows(key):
         return cached, FULL_CACHE if _extends_input(key) else FOREIGN_CACHE
     mask = attention.mask
