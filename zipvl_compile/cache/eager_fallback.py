@@ -13,6 +13,7 @@ from zipvl_compile.compiling import uncompiled_generate
 from zipvl_compile.dynamo import PAST_THE_LIMIT, as_plain_tensors, runs_uncompiled_for_zipvl
 from zipvl_compile.kernels.kv_view import UNREADABLE
 
+
 def check_generate_is_compiled() -> None:
     """Warn where a prompt is read outside of every graph though the model, or what wraps it, was compiled for zipvl."""
     text = uncompiled_generate()
