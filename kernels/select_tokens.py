@@ -1,11 +1,12 @@
 """Which tokens a layer keeps.
 
     p_b = fewest tokens whose largest accumulated scores add up to >= tau * total_b,       p = max_b p_b
-    P = min(n, p + keep_recent - 1)
-    kept_b = the keep_recent newest tokens, and those with the largest accumulated / visible up to P, sorted by position
+    P = min(n, p + keep_recent - 1 + m)
+    kept_b = the keep_recent newest tokens, the m protected ones, and those with the largest accumulated / visible up to
+             P, sorted by position
 
-The newest token takes one place of `p`. Further protected tokens come on top: inside `p`, 64 of them would displace the
-attention sink.
+The newest token takes one place of `p`. Further tokens that are always kept come on top: inside `p`, 64 of them would
+displace the attention sink. Protected tokens are given by position: those whose logits are read, wherever they stand.
 
 `p` is data-dependent, so the size of the result is an unbacked symbol; with `keep_ratio`, or `tau = 1`, it is a
 plain function of `n` and the host never waits for the device.
@@ -34,8 +35,8 @@ MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts 
 STEP = 8192  # scores at a time where a running count is needed, which goes through shared memory
 
 
-def kept_count(n, keep_ratio: float, keep_recent: int):
-    """Return P for `p = max(1, ceil(keep_ratio * n))`; `n` may be a symbolic size (tokens)."""
+def kept_count(n, keep_ratio: float, keep_recent):
+    """Return P for `p = max(1, ceil(keep_ratio * n))`; `n` and `keep_recent` may be symbolic (tokens)."""
     ratio = Fraction(keep_ratio).limit_denominator(1_000_000)  # integer arithmetic: symbolic sizes have no ceil
     count = (n * ratio.numerator + ratio.denominator - 1) // ratio.denominator
     return torch.sym_min(torch.sym_max(count, 1) + keep_recent - 1, n)
@@ -197,6 +198,11 @@ def _best_tokens_triton(accumulated: torch.Tensor, visible: torch.Tensor, p: int
     return out
 
 
+def _always_kept(keep_recent, protected: torch.Tensor | None):
+    """Return how many tokens are kept whatever their scores, at most (tokens)."""
+    return keep_recent if protected is None else keep_recent + protected.shape[0]
+
+
 @torch.library.custom_op("zipvl::select_tokens", mutates_args=())
 def _select_tokens(
     accumulated: torch.Tensor,
@@ -204,6 +210,7 @@ def _select_tokens(
     tau: float,
     keep_ratio: float | None,
     keep_recent: int,
+    protected: torch.Tensor | None = None,
     kernel_: str = "auto",
 ) -> torch.Tensor:
     if accumulated.dim() != 3 or visible.dim() != 2 or accumulated.shape[::2] != visible.shape:
@@ -211,25 +218,31 @@ def _select_tokens(
             "select_tokens", "accumulated, visible", "[batch, groups, n] and [batch, n] tensors",
             f"{list(accumulated.shape)}, {list(visible.shape)}", "Pass what token_scores returned.",
         )  # fmt: skip
+    if protected is not None and (protected.dim() != 1 or protected.dtype != torch.int64):
+        got = f"{protected.dtype} {list(protected.shape)}"
+        fail("select_tokens", "protected", "positions, int64 [m]", got, "Pass the same positions for every sample.")
     batch, groups, n = accumulated.shape
+    always = _always_kept(keep_recent, protected)
     on_triton = accumulated.numel() > 0 and use_triton("select_tokens", kernel_, accumulated, visible)
     if keep_ratio is not None:
-        p = kept_count(n, keep_ratio, keep_recent)
+        p = kept_count(n, keep_ratio, always)
     elif tau >= 1.0 or accumulated.numel() == 0:
         p = n
     else:
         counts = (_fewest_tokens_triton if on_triton else _fewest_tokens)(accumulated, tau)
-        p = min(int(counts.max()) + keep_recent - 1, n)  # the one host read
+        p = min(int(counts.max()) + always - 1, n)  # the one host read
     if p == n:
         return torch.arange(n, device=accumulated.device).repeat(batch, groups, 1)
+    if protected is not None:
+        accumulated = accumulated.index_fill(2, protected % n, float("inf"))  # they rank with the newest ones
     return (_best_tokens_triton if on_triton else _best_tokens)(accumulated, visible, p, keep_recent)
 
 
 @_select_tokens.register_fake
-def _(accumulated, visible, tau, keep_ratio, keep_recent, kernel_="auto"):
+def _(accumulated, visible, tau, keep_ratio, keep_recent, protected=None, kernel_="auto"):
     batch, groups, n = accumulated.shape
     if keep_ratio is not None:
-        p = kept_count(n, keep_ratio, keep_recent)
+        p = kept_count(n, keep_ratio, _always_kept(keep_recent, protected))
     elif tau >= 1.0:
         p = n
     else:
@@ -244,6 +257,7 @@ def select_tokens(
     tau: float = 0.975,
     keep_ratio: float | None = None,
     keep_recent: int = 1,
+    protected: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Choose the tokens to keep.
@@ -255,11 +269,13 @@ def select_tokens(
         keep_ratio: fixed fraction of tokens instead of `tau`, in (0, 1].
         keep_recent: newest visible tokens that are always kept. One takes a place of those that `tau` or
             `keep_ratio` asks for, the others come on top.
+        protected: int64 `[m]`, positions of further tokens that every sample keeps on top of all others, visible or
+            not; negative ones count from the end.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
-        int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs, and `keep_recent - 1`; the
-        others keep their next best tokens. A non-finite score keeps every token.
+        int64 `[B, G, P]`, ascending positions. `P` is the largest count that a sample needs, `keep_recent - 1` and
+        `m`; the others keep their next best tokens. A non-finite score keeps every token.
 
     Raises:
         ValueError: scores whose shapes do not fit, or fractions outside (0, 1].
@@ -271,4 +287,4 @@ def select_tokens(
             fail("select_tokens", name, "a fraction in (0, 1]", value, "Use 1.0 to keep every token.")
     if keep_recent < 1:
         fail("select_tokens", "keep_recent", "at least 1 token", keep_recent, "The newest token must be kept.")
-    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, kernel)
+    return torch.ops.zipvl.select_tokens(accumulated, visible, tau, keep_ratio, keep_recent, protected, kernel)

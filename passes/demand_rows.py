@@ -69,7 +69,7 @@ def find(graph: Graph) -> list[Part]:
         if below.isdisjoint(node.all_input_nodes):
             continue
         below.add(node)
-        if is_op(node, "getitem") and (part := _read(node)) is not None:
+        if is_op(node, "getitem") and (part := read_part(node)) is not None:
             found.append(part)
     return found
 
@@ -78,7 +78,8 @@ def _is_attention(node: Node) -> bool:
     return SparseAttentionCall.matches(node) or is_op(node, "scaled_dot_product_attention")
 
 
-def _read(node: Node) -> Part | None:
+def read_part(node: Node) -> Part | None:
+    """Return which rows of a tensor `[B, n, hidden]` an indexing takes; None where it takes all, or something else."""
     given = arguments(node)
     hidden, index = given["input"], given["index"]
     value = example(hidden)

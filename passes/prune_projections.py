@@ -45,12 +45,14 @@ from zipvl_compile.passes.graph.op_calls import (
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import PARTS, Pruning
+from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, size
+from zipvl_compile.passes.tokenwise.row_values import ZERO
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 Rows = Shared | OfEachSample
@@ -191,7 +193,7 @@ def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
     if reason and query is None:
         return reason
     if reason:  # nothing is gained below the attention itself
-        below = forward_slice.Below(attention, {attention: site.axes}, {attention})
+        below = forward_slice.Below(attention, {attention: site.axes}, {attention: ZERO})
     query = query or kept.take(site.query, site.axes, attention)
     # What it reads now: pruning the values has put others in their place.
     out = replace(SparseAttentionCall.read(attention), q=query).insert(attention)
@@ -205,22 +207,22 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
     try:
         with undone_on_error(graph):
             prune_values(site, kept)
-    except Mixes as why:
-        reasons["v"] = str(why)
+    except Exception as why:
+        reasons["v"] = _said(why)
     try:
         with undone_on_error(graph):
             if site.whole:
                 query, cone = prune_queries(site, kept)
             else:  # its output has the demanded rows only
                 prune_demanded_queries(site)
-    except Mixes as why:
-        reasons["q"] = str(why)
+    except Exception as why:
+        reasons["q"] = _said(why)
     if site.whole:
         try:
             with undone_on_error(graph):
                 reason = prune_output(site, kept, query)
-        except Mixes as why:
-            reason = str(why)
+        except Exception as why:
+            reason = _said(why)
         if reason:
             reasons["output"] = reason
     if cone is not None:
@@ -228,11 +230,20 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
     return reasons
 
 
+def _said(why: Exception) -> str:
+    """Return a refusal; whatever else was raised, as fake values of an operation do, is one, too."""
+    return str(why) if isinstance(why, Mixes) else str(fault(why))
+
+
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Prune the projections around every attention that was made sparse; note what was pruned and what not."""
     rows: dict[Node, Rows] = {}
     for site in sites.prefill:
         if not site.rewritten:
+            continue
+        if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
+            reason = f"the attention is dense: {site.needs_true_rows}"
+            sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
             continue
         around = Around(site.node)
         if reason := refusal(around):

@@ -16,7 +16,10 @@ After:
     keys, values    = gather_tokens(k | v, positions, spare)                    the same nodes, now P tokens
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
-With `evict="keep"` the cache keeps its full-length nodes, and the attention gets gathers of its own.
+Rows that are read after the last layer (`read_demands`) are kept, on top of p, and so attend; where all are read,
+every query attends. Where what reads the output cannot take rows of zeros (`keep_true_rows`), the attention stays as it
+is and only the cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and the attention gets
+gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
@@ -28,7 +31,9 @@ others attend among the same kept tokens, since the cache will hold no others wh
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -49,13 +54,19 @@ from zipvl_compile.passes.masks.mask_form import CanonicalMasks, MaskForm, four_
 from zipvl_compile.passes.match import cache_layers, reasons
 from zipvl_compile.passes.match.attention_site import Attention, AttentionShape, mask_fits
 from zipvl_compile.passes.match.cross_attention import is_cross_attention
+from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.settings import Settings
+from zipvl_compile.passes.tokenwise.row_select import token_positions
 
 READ_AGAIN = Reason(Why.CACHE_READ_AGAIN, "the layer's cache is read again in the same graph")
 CHANGED = Reason(Why.CHANGED_IN_PLACE, "keys or values are changed in place")
-NOT_CAUSAL = Reason(Why.NOT_CAUSAL, "no causal mask: cross-attention or an encoder")
+NOT_CAUSAL = Reason(
+    Why.NOT_CAUSAL,
+    "no causal mask: its tokens see all others, as in an encoder; transformers makes no mask for "
+    "attn_implementation='paged|eager' outside of continuous batching: load the model with 'sdpa'",
+)
 ONE_TOKEN = Reason(Why.ONE_TOKEN, "prompt of one token")
 NO_GAIN = Reason(Why.NO_GAIN, "keeping every token gains nothing over dense attention", NEVER)
 FIRST_IS_DENSE = Reason(Why.SHARED_KV, "shared KV: the first attention over this layer's cache stays dense")
@@ -136,18 +147,42 @@ class Kept:
     positions: Node
 
 
-def select(attention: Attention, layer: Node, masks: CanonicalMasks, settings: Settings) -> Kept:
+def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:
+    """Return `keep_recent`, and the positions of further tokens that are always kept, as a node, where there are some.
+
+    `keep_recent` counts tokens that probe rows see. The last probe row sees all but what padding hides, unless the mask
+    has a form of its own: there, and where the last row is no probe row, demanded rows are kept by their positions.
+    """
+    before, least = site.attention.node, settings.keep_recent
+    newest, protected = demanded.newest, [*demanded.others]
+    seen = settings.recent_probes > 0 and (site.mask is None or not site.mask.needs_matrix or newest == 1)
+    if seen and isinstance(newest, Node):
+        newest = newest if least == 1 else insert_call(before, torch.sym_max, (newest, least))
+    elif seen:
+        newest = max(newest, least)
+    else:
+        start = -newest if isinstance(newest, int) else insert_call(before, operator.neg, (newest,))
+        protected.append(token_positions(site.attention.key, slice(start, None), before))
+        newest = least
+    if len(protected) > 1:
+        return newest, insert_call(before, torch.cat, (protected,))
+    return newest, protected[0] if protected else None
+
+
+def select(site: Site, attention: Attention, masks: CanonicalMasks, demanded: Demanded, settings: Settings) -> Kept:
     """Insert scoring, selection and compaction before the attention; the cache keeps the kept tokens."""
-    node, (rows, is_causal) = attention.node, masks.insert(attention)
+    layer, node, (rows, is_causal) = site.layer, attention.node, masks.insert(attention)
+    assert layer is not None
     scores = TokenScoresCall(
         q=attention.query, k=attention.in_its_dtype(attention.key), mask=rows, is_causal=is_causal,
         scale=attention.scale, softcap=attention.softcap, recent_probes=settings.recent_probes,
         random_probes=settings.random_probes, seed=settings.seed, groups=1,
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
+    keep_recent, protected = always_kept(site, demanded, settings)
     positions = SelectTokensCall(
         accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
-        keep_recent=settings.keep_recent,
+        keep_recent=keep_recent, protected=protected,
     ).insert(node)  # fmt: skip
     gathers = cache_layers.gathers(layer)
     # One for every buffer of the cache, also where K and V are one tensor: decoding writes into each.
@@ -166,6 +201,11 @@ def select(attention: Attention, layer: Node, masks: CanonicalMasks, settings: S
         replace(layer, positions)
         erase_orphans([*(old.node for old in gathers), layer])
     return Kept(keys, values, positions)
+
+
+def keeps_all(kept: Kept, attention: Attention) -> bool:
+    """Return whether every token is kept, so that no row of the attention becomes zero."""
+    return statically_known_true(example(kept.positions).shape[2] == example(attention.key).shape[2])
 
 
 def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Settings) -> Node:
@@ -200,6 +240,8 @@ def reason_to_stay(site: Site, owner: tuple[Attention, Kept] | None, first: bool
 
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Rewrite every prefill site that allows it; note the reason at the others."""
+    if sites.demanded.every:
+        settings = dataclasses.replace(settings, queries="all")
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
     for site in sites.prefill:
         assert site.layer is not None
@@ -214,8 +256,9 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         site.attention, query=site.attention.in_its_dtype(site.attention.query)
                     )
                     if owner is None:
-                        owner = attention, select(attention, site.layer, sites.masks, settings)
-                    site.node = attend(attention, owner[1], sites.masks, settings)
+                        owner = attention, select(site, attention, sites.masks, sites.demanded, settings)
+                    if not site.needs_true_rows or keeps_all(owner[1], attention):
+                        site.node = attend(attention, owner[1], sites.masks, settings)
                     site.rewritten = True
         except Exception as error:  # a fault of ours must not break the user's compile
             if site.layer._erased and first:  # too late to undo it here

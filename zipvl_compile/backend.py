@@ -6,7 +6,9 @@ module also registers the KV cache layer with transformers, before the model mak
 
 from __future__ import annotations
 
+import functools
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,25 +17,30 @@ from torch.fx import GraphModule
 
 from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
 from zipvl_compile.dynamo import (
+    PAST_THE_LIMIT,
     allow_data_dependent_sizes,
+    backend_of_call,
     compile_with_aot_eager,
     compile_with_inductor,
     gradient_switches,
-    gradients_matter,
+    leave_uncompiled,
     mark_size_as_changing,
     raise_recompile_limit,
     zipvl_backend,
 )
+from zipvl_compile.gradients import gradients_matter
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.graph.graph import is_call
+from zipvl_compile.passes.graph.graph import calls, copied, is_call
 from zipvl_compile.pipeline import rewrite, settings_of
 from zipvl_compile.report.compile_report import record, record_training
 
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
-# PyTorch's 8 are soon used up, and everything after that would silently run in eager mode. Raised when the backend is
-# loaded, not when it runs: once the limit is reached, Dynamo calls no backend any more.
+# PyTorch's 8 are soon used up, and everything after that runs in eager mode.
 raise_recompile_limit(64)
+# Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
+# every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
+CHEAP = ("get_placeholder_mask",)
 
 
 @zipvl_backend
@@ -59,26 +66,45 @@ def zipvl(
         OptionError: (a ValueError) an unknown option or a bad value.
     """
     parsed = ZipVLOptions.parse(options, mode)
+    leave_uncompiled(*CHEAP)
     if gradients_matter():
         record_training(gm.graph)
         return _compile(gm, example_inputs, parsed)
     allow_data_dependent_sizes(gm.graph)
+    _run_without_gradients(gm)
+    dense = GraphModule(gm, copied(gm.graph)[0])
     done = rewrite(gm.graph, settings_of(parsed))
     gm.graph = done.graph
     record(done)
-    _run_without_gradients(gm)
+    gm.recompile()
     cached = _cache_outputs(gm)
+    chooses = bool(calls(gm.graph, ops.select_tokens))
     with torch.no_grad():
         compiled = _compile(gm, example_inputs, parsed)
+    backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
         with torch.no_grad():
+            if chooses and backend_of_call() not in (None, backend):
+                _warn_of_other_code()
+                return dense(*inputs)
             outputs = compiled(*inputs)
         for index in cached:
             mark_size_as_changing(outputs[index], 2)
         return outputs
 
     return run
+
+
+@functools.cache
+def _warn_of_other_code() -> None:
+    """Say why a prompt is computed densely: past the recompile limit, Dynamo runs code of any backend that fits."""
+    warnings.warn(
+        "zipvl: PyTorch has reached its recompile limit, and ran code that was compiled for another torch.compile "
+        f"call, with other options. This prompt is left dense instead. {PAST_THE_LIMIT}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _run_without_gradients(gm: GraphModule) -> None:

@@ -1,6 +1,6 @@
 """Every private name of PyTorch that this package needs, each behind a function that says what it is for.
 
-PyTorch has no public call for most of what a backend must know: for whom Dynamo traces, whether gradients matter, what
+PyTorch has no public call for most of what a backend must know: for whom Dynamo traces, whose call runs, what
 stands behind a compiled model. Nothing of this package is imported here, so that all of it may import this.
 """
 
@@ -9,23 +9,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import inspect
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
+from torch._dynamo.exc import ShortenTraceback, SkipFrame
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import detect_fake_mode
+from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: How often PyTorch lets a code object be compiled, unless told otherwise.
+PYTORCHS_RECOMPILE_LIMIT = 8
 #: Loggers that warn about graph breaks and data-dependent sizes while Dynamo traces.
 TRACING_LOGGERS = ("torch._dynamo.variables.tensor", "torch._subclasses.fake_tensor")
+#: What to do about code that PyTorch does not compile any more.
+PAST_THE_LIMIT = (
+    "Compile with zipvl_compile.compile(model, ...), which keeps compiled code apart (since PyTorch 2.13), call "
+    "torch.compiler.reset() after changes of options, or raise torch._dynamo.config.recompile_limit."
+)
 
 
 class UserError(ShortenTraceback, ValueError):
@@ -52,6 +64,10 @@ def is_zipvl(backend: Any) -> bool:
     if not callable(backend):
         return False
     backend = innermost_backend(backend)
+    # In a DistributedDataParallel module, Dynamo hands graphs to the method of an optimizer, which splits them.
+    splitter = getattr(backend, "__self__", None)
+    if isinstance(splitter, DDPOptimizer):
+        backend = innermost_backend(splitter.backend_compile_fn)
     backend = getattr(backend, "compiler_fn", backend)
     while isinstance(backend, functools.partial):
         backend = backend.func
@@ -61,44 +77,102 @@ def is_zipvl(backend: Any) -> bool:
 # ---- What Dynamo is doing right now
 
 
-def _translator() -> Any:
+def translator() -> Any:
+    """Return Dynamo's translator of the frame that is traced on this thread, or None."""
     try:
         return InstructionTranslator.current_tx()
     except AttributeError:  # nothing is being traced on this thread
         return None
 
 
-def _module_in_training(translator: Any) -> bool:
-    """Return whether the traced frame belongs to a module in training mode, or to no module that can tell."""
-    for value in translator.output.root_tx.f_locals.values():
-        if isinstance(value, torch.nn.Module):
-            return value.training
+def leave_uncompiled(*functions: str) -> None:
+    """Have Python run the traced frame, now and ever after, if it is that of a function of one of these names."""
+    tracing = translator()
+    if tracing is not None and tracing.output.root_tx.f_code.co_name in functions:
+        raise SkipFrame(f"zipvl leaves {tracing.output.root_tx.f_code.co_name} uncompiled")
+
+
+# ---- The call of a compiled function that is running
+
+_COMPILED_CALL = next(
+    part
+    for part in _TorchDynamoContext.__call__.__code__.co_consts
+    if getattr(part, "co_name", None) == "compile_wrapper"
+)
+
+
+def _compiled_call() -> FrameType | None:
+    """Return the frame of the innermost compiled function that runs on this thread, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _COMPILED_CALL:
+        frame = frame.f_back
+    return frame
+
+
+def backend_of_call() -> Any:
+    """Return the backend of the `torch.compile` call whose function runs on this thread, or None.
+
+    Where Dynamo only runs what is compiled, that need not be the backend that compiled it.
+    """
+    frame = _compiled_call()
+    callback = None if frame is None else frame.f_locals["self"].callback
+    return innermost_backend(callback) if callable(callback) else None
+
+
+def runs_uncompiled_for_zipvl() -> bool:
+    """Return whether Python runs code of a function that was compiled with zipvl, outside of every graph."""
+    return not torch.compiler.is_compiling() and is_zipvl(backend_of_call())
+
+
+def recompile_unless(holds: Callable[[], bool], text: str) -> bool:
+    """Have Dynamo compile the traced frame again wherever `holds()` is false when it is called.
+
+    Args:
+        holds: runs with every guard of the frame, on the stack of its caller.
+        text: what a recompile is reported with.
+
+    Returns:
+        Whether Dynamo will ask; False where nothing is being traced.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+
+    def check(builder: Any, guard: Guard) -> None:
+        manager = builder.guard_manager.root
+        try:
+            manager.add_lambda_guard(lambda _: holds(), [text], guard.user_stack)
+        except TypeError:  # before PyTorch 2.13
+            manager.add_lambda_guard(lambda _: holds(), [text])
+
+    context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), check))
     return True
 
 
-def gradients_matter() -> bool:
-    """Return whether the traced call may be differentiated: gradients are on and the module is in training mode.
-
-    A module in eval mode runs without gradients even where the caller forgot `torch.no_grad()`, as in most manual
-    generation loops.
-    """
-    translator = _translator()
-    return torch.is_grad_enabled() and (translator is None or _module_in_training(translator))
-
-
-@torch._dynamo.assume_constant_result
-def tracing_for_zipvl() -> bool:
-    """Return whether Dynamo traces the current frame for this backend, for inference.
-
-    Read by the cache layers while they are traced; a constant of the compiled code, which Dynamo keeps per backend.
-    """
-    translator = _translator()
-    return translator is not None and is_zipvl(translator.output.compiler_fn) and not gradients_matter()
-
-
 def raise_recompile_limit(least: int) -> None:
-    """Let every code object be compiled `least` times before Dynamo runs it in eager mode instead."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, least)
+    """Let zipvl's calls of compiled functions compile each code object `least` times in the place of PyTorch's 8.
+
+    Dynamo asks hooks for a description of every compile before it looks at the limit; this one raises it until the call
+    has returned. Calls of other backends, and a limit that the user set, stay as they are.
+    """
+    config = torch._dynamo.config
+    patch = config._make_closure_patcher(recompile_limit=least)
+
+    def describe() -> str:
+        frame = _compiled_call()
+        if frame is None or not is_zipvl(frame.f_locals["self"].callback):
+            return ""
+        if config.recompile_limit == PYTORCHS_RECOMPILE_LIMIT:
+            frame.f_locals["cleanups"].append(patch())  # what is done when the call returns
+        return "zipvl"
+
+    torch._dynamo.register_hook_for_recompile_user_context(describe)
+
+
+def apart() -> dict[str, Any]:
+    """Return arguments of `torch.compile` that keep its compiled code apart from that of other calls (PyTorch 2.13)."""
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
 # ---- Compiled models
@@ -109,9 +183,11 @@ def original_of(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def is_compiled_in_place(model: torch.nn.Module) -> bool:
-    """Return whether `model.compile(...)` was called."""
-    return model._compiled_call_impl is not None
+def in_place_for_zipvl(model: torch.nn.Module) -> bool:
+    """Return whether `model.compile(backend="zipvl")` was called."""
+    call: Any = model._compiled_call_impl
+    cells = {} if call is None else dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True))
+    return "self" in cells and is_zipvl(cells["self"].cell_contents.callback)
 
 
 def is_wrapped_for_zipvl(model: torch.nn.Module) -> bool:

@@ -20,14 +20,17 @@ from pathlib import Path
 from torch.fx import Graph
 
 from zipvl_compile.cache.uneven import check_layers_agree
+from zipvl_compile.callers import newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
     demand_rows,
     fuse_gathers,
     keep_every_token,
+    keep_true_rows,
     prune_projections,
     read_compact_cache,
+    read_demands,
     sparsify_prefill,
     unmask_dense,
 )
@@ -51,7 +54,9 @@ class Row:
 
 
 PIPELINE: tuple[Row, ...] = (
-    Row("sparsify_prefill", sparsify_prefill.apply, ("sites",), "selections"),
+    Row("read_demands", read_demands.apply, ("sites",), "rows that are read"),
+    Row("keep_true_rows", keep_true_rows.apply, ("sites", "rows that are read"), "what takes rows of zeros"),
+    Row("sparsify_prefill", sparsify_prefill.apply, ("rows that are read", "what takes rows of zeros"), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),
@@ -111,6 +116,7 @@ def settings_of(options: ZipVLOptions) -> Settings:
         evict=options.evict,
         min_tokens=least_tokens(options),
         kernel=options.kernel,
+        newest_rows_read=newest_rows_read,
     )
 
 

@@ -110,7 +110,8 @@ class SelectTokensCall(OpCall):
     visible: Node
     tau: float
     keep_ratio: float | None
-    keep_recent: int
+    keep_recent: Any
+    protected: Node | None = None
     kernel_: str = "auto"
 
     @property

@@ -7,8 +7,8 @@ refused wherever it matters, and may have written to everything that it was give
     where(c, a, other=b)    x.where(c, b)    aten.where.self(c, a, b)       one Op, arguments by name
     x += y    x.add_(y)    torch.add(x, y, out=x)                           what they write to
 
-The table says how the token axis goes through an operation and what becomes of rows of zeros; the rules themselves
-stand in `tokenwise/`. What an operation computes at one index stands in `masks/index_rules.py`, by the name given here.
+The table says how the token axis goes through an operation and what is known of the values of its rows; the rules
+themselves stand in `tokenwise/`. What an operation computes at one index stands in `masks/index_rules.py`, by its name.
 """
 
 from __future__ import annotations
@@ -59,16 +59,24 @@ class Tokens(Enum):
     COPY = auto()
 
 
-class Zeros(Enum):
-    """When a row of the result is zero because rows of the operands are."""
+class Values(Enum):
+    """How the values of a row follow from those of the operands' rows; the rules are in `tokenwise/row_values.py`."""
 
-    NEVER = auto()
-    ALL = auto()  # where those of all operands with tokens are
-    ANY = auto()  # a product
-    NO_BIAS = auto()  # where there is no bias
-    NUMERATOR = auto()
-    POWER = auto()  # where the exponent is positive
-    EVERY_TERM = auto()  # where every term is, constants included
+    UNKNOWN = auto()  # they may be anything, NaN included
+    KEPT = auto()  # moved, repeated, chosen or cast
+    MONOTONE = auto()
+    EVEN = auto()
+    CURVE = auto()  # finite for whatever is finite
+    POLE = auto()  # monotone on either side of 0
+    TERMS = auto()  # monotone in each operand
+    QUOTIENT = auto()
+    POWER = auto()
+    LINEAR = auto()
+    NORM = auto()
+    MEAN = auto()
+    SUM = auto()
+    SPREAD = auto()
+    UNIT = auto()  # between 0 and 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Op:
     Attributes:
         name: what rules and messages call it; in-place forms end in "_".
         arguments: names in order; `*name` takes all that follow, as `view(*size)` does.
-        tokens, zeros: see there; None: tokens may mix.
+        tokens, values: see there; None: tokens may mix.
         view: a result may share memory with any tensor that the call was given; else only with those it writes to.
         writes: names of the arguments that it writes to.
         outs: names of the arguments that it writes to where they are given.
@@ -90,7 +98,7 @@ class Op:
     name: str
     arguments: tuple[str, ...]
     tokens: Tokens | None = None
-    zeros: Zeros = Zeros.NEVER
+    values: Values = Values.UNKNOWN
     view: bool = False
     writes: tuple[str, ...] = ()
     outs: tuple[str, ...] = ("out",)
@@ -113,7 +121,7 @@ _OPERATORS = {name.strip("_"): name for name in (
 _MODULES = (torch, F, torch.Tensor, *NATIVE)
 
 
-def _row(names: str, arguments: str, tokens: Tokens | None = None, zeros: Zeros = Zeros.NEVER, *,
+def _row(names: str, arguments: str, tokens: Tokens | None = None, values: Values = Values.UNKNOWN, *,
          functions: tuple[Any, ...] = (), signatures: dict[Any, str] | None = None, writes: tuple[str, ...] = (),
          **flags: Any) -> None:  # fmt: skip
     """Add the operations `names`, each with its in-place form, wherever PyTorch has them; the first name counts."""
@@ -121,7 +129,7 @@ def _row(names: str, arguments: str, tokens: Tokens | None = None, zeros: Zeros 
     for group in names.split(", "):
         name, *also = group.split("/")
         takes = tuple(arguments.split())
-        op = Op(name, takes, tokens, zeros, writes=writes, signatures=given, **flags)
+        op = Op(name, takes, tokens, values, writes=writes, signatures=given, **flags)
         copies = tokens if tokens is Tokens.COPY else None
         in_place = Op(f"{name}_", takes, copies, writes=(takes[0],), signatures=given)
         NAMES.update((op.name, in_place.name))
@@ -151,69 +159,74 @@ def _operators(name: str, in_operator: str | None) -> Iterator[Target]:
         yield f"__{name}__"
 
 
-T, Z = Tokens, Zeros
-_row("neg, abs, square, sqrt, erf, sin, floor, ceil, round, sign", "input", T.POINTWISE, Z.ALL)
-_row("rsqrt, exp, cos, reciprocal, log, log2, isnan, isinf, isfinite, logical_not, bitwise_not/invert, exp2, expm1",
-     "input", T.POINTWISE)  # fmt: skip
-_row("silu, relu", "input inplace", T.FIRST, Z.ALL)
-_row("tanh", "input", T.FIRST, Z.ALL)
-_row("gelu", "input approximate", T.FIRST, Z.ALL)
-_row("sigmoid, softplus", "input", T.FIRST)
-_row("to, type", "input *dtype", T.FIRST, Z.ALL, view=True)
-_row("float, double, half, bfloat16", "input", T.FIRST, Z.ALL, view=True)
+T, V = Tokens, Values
+_row("neg, sqrt, erf, floor, ceil, round, sign, exp, log, log2, exp2, expm1", "input", T.POINTWISE, V.MONOTONE)
+_row("abs, square", "input", T.POINTWISE, V.EVEN)
+_row("sin, cos", "input", T.POINTWISE, V.CURVE)
+_row("rsqrt, reciprocal", "input", T.POINTWISE, V.POLE)
+_row("isnan, isinf, isfinite, logical_not", "input", T.POINTWISE, V.UNIT)
+_row("bitwise_not/invert", "input", T.POINTWISE)
+_row("silu", "input inplace", T.FIRST, V.CURVE)
+_row("relu", "input inplace", T.FIRST, V.MONOTONE)
+_row("tanh, sigmoid, softplus", "input", T.FIRST, V.MONOTONE)
+_row("gelu", "input approximate", T.FIRST, V.CURVE)
+_row("to/_to_copy, type", "input *dtype", T.FIRST, V.KEPT, view=True)
+_row("float, double, half, bfloat16", "input", T.FIRST, V.KEPT, view=True)
 _row("bool, int, long", "input", T.FIRST, view=True)
-_row("type_as", "input other", T.FIRST, Z.ALL, view=True)
-_row("contiguous", "input memory_format", T.FIRST, Z.ALL, view=True)
-_row("clone", "input", T.POINTWISE, Z.ALL)
-_row("detach", "input", T.POINTWISE, Z.ALL, view=True)
-_row("add, sub/subtract", "input other alpha", T.POINTWISE, Z.EVERY_TERM)
-_row("rsub", "input other alpha")
-_row("mul/multiply", "input other", T.POINTWISE, Z.ANY)
-_row("div/truediv/true_divide/divide", "input other rounding_mode", T.POINTWISE, Z.NUMERATOR)
-_row("floor_divide/floordiv, remainder/mod, maximum, minimum, bitwise_and/and, bitwise_or/or, bitwise_xor/xor,"
+_row("type_as", "input other", T.FIRST, V.KEPT, view=True)
+_row("contiguous", "input memory_format", T.FIRST, V.KEPT, view=True)
+_row("clone", "input", T.POINTWISE, V.KEPT)
+_row("detach", "input", T.POINTWISE, V.KEPT, view=True)
+_row("add, sub/subtract", "input other alpha", T.POINTWISE, V.TERMS)
+_row("rsub", "input other alpha", T.POINTWISE, V.TERMS)
+_row("mul/multiply, maximum, minimum", "input other", T.POINTWISE, V.TERMS)
+_row("div/truediv/true_divide/divide", "input other rounding_mode", T.POINTWISE, V.QUOTIENT)
+_row("floor_divide/floordiv, remainder/mod, bitwise_and/and, bitwise_or/or, bitwise_xor/xor,"
      " logical_and, logical_or, logical_xor", "input other")  # fmt: skip
-_row("lt/less, le/less_equal, gt/greater, ge/greater_equal, eq, ne/not_equal", "input other", T.POINTWISE)
-_row("pow", "input exponent", T.POINTWISE, Z.POWER)
-_row("clamp/clip", "input min max", T.POINTWISE)
-_row("where", "condition input other", T.POINTWISE, signatures={"where": "input condition other"})
-_row("masked_fill", "input mask value", T.POINTWISE)
-_row("dropout", "input p training inplace", T.DROPOUT, Z.ALL, view=True)
-_row("linear", "input weight bias", T.FEATURES, Z.NO_BIAS)
+_row("lt/less, le/less_equal, gt/greater, ge/greater_equal, eq, ne/not_equal", "input other", T.POINTWISE, V.UNIT)
+_row("pow", "input exponent", T.POINTWISE, V.POWER)
+_row("clamp/clip", "input min max", T.POINTWISE, V.MONOTONE)
+_row("where", "condition input other", T.POINTWISE, V.KEPT, signatures={"where": "input condition other"})
+_row("masked_fill", "input mask value", T.POINTWISE, V.KEPT)
+_row("dropout", "input p training inplace", T.DROPOUT, V.KEPT, view=True)
+_row("linear", "input weight bias", T.FEATURES, V.LINEAR)
 _row("view_as_complex", "input", T.FEATURES, view=True)
 _row("view_as_real", "input", T.FIRST, view=True)
-_row("layer_norm", "input normalized_shape weight bias eps", T.NORM, Z.NO_BIAS)
-_row("rms_norm", "input normalized_shape weight eps", T.NORM, Z.ALL)
-_row("matmul, mm", "input other", T.MATMUL, Z.ALL)
+_row("layer_norm", "input normalized_shape weight bias eps", T.NORM, V.NORM)
+_row("rms_norm", "input normalized_shape weight eps", T.NORM, V.NORM)
+_row("matmul, mm/_int_mm", "input other", T.MATMUL, V.LINEAR)
+_row("addmm", "input mat1 other beta alpha", T.MATMUL, V.LINEAR)
 _row("bmm", "input other")
 _row("baddbmm", "input batch1 batch2 beta alpha")
 _row("einsum", "equation *operands", view=True)
-_row("softmax/_softmax", "input dim dtype", T.ALONG, signatures={F.softmax: "input dim _stacklevel dtype"})
-_row("mean, sum", "input dim keepdim", T.REDUCE, Z.ALL)
-_row("var", "input dim unbiased keepdim correction", T.REDUCE)
-_row("amax, amin", "input dim keepdim", T.REDUCE)
-_row("transpose/swapaxes/swapdims", "input dim0 dim1", T.TRANSPOSE, Z.ALL, view=True)
-_row("permute", "input *dims", T.PERMUTE, Z.ALL, view=True)
-_row("view, reshape", "input *size", T.RESHAPE, Z.ALL, view=True)
-_row("flatten", "input start_dim end_dim", T.RESHAPE, Z.ALL, view=True)
-_row("unflatten", "input dim sizes", T.RESHAPE, Z.ALL, view=True)
-_row("unsqueeze, squeeze", "input dim", T.RESHAPE, Z.ALL, view=True)
-_row("expand", "input *size", T.EXPAND, Z.ALL, view=True)
-_row("split", "input split_size dim", T.CUT, Z.ALL, view=True)
-_row("chunk", "input chunks dim", T.CUT, Z.ALL, view=True)
-_row("unbind", "input dim", T.UNBIND, Z.ALL, view=True)
+_row("softmax/_softmax", "input dim dtype", T.ALONG, V.UNIT, signatures={F.softmax: "input dim _stacklevel dtype"})
+_row("mean", "input dim keepdim", T.REDUCE, V.MEAN)
+_row("sum", "input dim keepdim", T.REDUCE, V.SUM)
+_row("var", "input dim unbiased keepdim correction", T.REDUCE, V.SPREAD)
+_row("amax, amin", "input dim keepdim", T.REDUCE, V.KEPT)
+_row("transpose/swapaxes/swapdims", "input dim0 dim1", T.TRANSPOSE, V.KEPT, view=True)
+_row("permute", "input *dims", T.PERMUTE, V.KEPT, view=True)
+_row("view/_unsafe_view, reshape", "input *size", T.RESHAPE, V.KEPT, view=True)
+_row("flatten", "input start_dim end_dim", T.RESHAPE, V.KEPT, view=True)
+_row("unflatten", "input dim sizes", T.RESHAPE, V.KEPT, view=True)
+_row("unsqueeze, squeeze", "input dim", T.RESHAPE, V.KEPT, view=True)
+_row("expand", "input *size", T.EXPAND, V.KEPT, view=True)
+_row("split", "input split_size dim", T.CUT, V.KEPT, view=True)
+_row("chunk", "input chunks dim", T.CUT, V.KEPT, view=True)
+_row("unbind", "input dim", T.UNBIND, V.KEPT, view=True)
 _row("narrow", "input dim start length", view=True)
-_row("getitem", "input index", T.GETITEM, Z.ALL, view=True)
-_row("cat/concat/concatenate", "tensors dim", T.CAT, Z.EVERY_TERM)
-_row("stack", "tensors dim", T.STACK)
-_row("repeat_interleave", "input repeats dim", T.REPEAT, Z.ALL)
+_row("getitem", "input index", T.GETITEM, V.KEPT, view=True)
+_row("cat/concat/concatenate", "tensors dim", T.CAT, V.KEPT)
+_row("stack", "tensors dim", T.STACK, V.KEPT)
+_row("repeat_interleave", "input repeats dim", T.REPEAT, V.KEPT)
 _row("new_empty, new_zeros, new_ones", "input *size", T.FRESH)
 _row("copy", "input src", T.COPY)
 _row("arange", "start end step")
 _row("ones, zeros, empty", "*size")
-_row("ones_like, zeros_like", "input")
+_row("ones_like, zeros_like", "input", T.FIRST, V.MONOTONE)
 _row("full", "size fill_value")
 _row("new_full", "input size fill_value")
-_row("full_like", "input fill_value")
+_row("full_like", "input fill_value", T.FIRST, V.MONOTONE)
 _row("scalar_tensor", "data")
 _row("tensor", "data", functions=TENSOR)
 _row("triu, tril", "input diagonal")
@@ -228,6 +241,8 @@ _row("embedding, interpolate, normalize, one_hot, pad, conv2d, conv3d, group_nor
      view=True)  # fmt: skip
 _row("add_batch_dim", "input dim level", functions=ADD_BATCH_DIM, view=True, effect=True)
 _row("remove_batch_dim", "input level size out_dim", functions=REMOVE_BATCH_DIM, view=True, effect=True)
+# Operators of other libraries, by the names of their schemas: a product with a weight of int8 and its scales.
+_FOREIGN = {"quanto::qbytes_mm": Op("qbytes_mm", ("input", "weights", "output_scales"), T.FEATURES, V.LINEAR)}
 
 
 @functools.cache
@@ -245,6 +260,8 @@ def of_target(target: Target) -> Op | None:
     schemas = _schemas(target)
     if not schemas:
         return None
+    if schemas[0].name in _FOREIGN:
+        return _FOREIGN[schemas[0].name]
     written = [a for schema in schemas for a in schema.arguments if _is_written(a)]
     inputs, outs = ({SYNONYMS.get(a.name, a.name) for a in written if a.kwarg_only is only} for only in (False, True))
     code = getattr(target, "__code__", None)

@@ -25,7 +25,7 @@ EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 __all__ = [
     "ADD_BATCH_DIM", "ENTER_AUTOCAST", "EXIT_AUTOCAST", "NATIVE", "REMOVE_BATCH_DIM", "TENSOR",
-    "OpOverload", "OpOverloadPacket", "fake_mode_of", "faking", "leaves",
+    "FakeTensor", "OpOverload", "OpOverloadPacket", "fake_mode_of", "faking", "leaves",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.op_traits import NAMES, SYNONYMS, Op, of_target
-from zipvl_compile.passes.graph.private import OpOverload, leaves
+from zipvl_compile.passes.graph.private import FakeTensor, OpOverload, leaves
 
 
 def example(node: Any) -> Any:
@@ -25,6 +25,12 @@ def same_shape(left: Any, right: Any) -> bool:
 def holds_tensors(node: Any) -> bool:
     """Return whether a node is a tensor or has some, not a size."""
     return isinstance(node, Node) and any(isinstance(leaf, torch.Tensor) for leaf in leaves(example(node)))
+
+
+def holds_subclass(node: Node) -> bool:
+    """Return whether a call is given a tensor subclass, such as a quantised weight, that computes as it likes."""
+    tensors = [leaf for x in node.all_input_nodes for leaf in leaves(example(x)) if isinstance(leaf, torch.Tensor)]
+    return any(type(x) not in (torch.Tensor, torch.nn.Parameter, FakeTensor) for x in tensors)
 
 
 def of(node: Any) -> Op | None:
@@ -66,7 +72,7 @@ def arguments(node: Node) -> dict[str, Any]:
     if op is None:
         raise TypeError(f"{spelled(node)!r} is not an operation that is known")
     names = op.signatures.get(node.target, op.arguments)
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
         names = tuple(SYNONYMS.get(a.name, a.name) for a in node.target._schema.arguments)
     given: dict[str, Any] = {}
     for place, value in enumerate(node.args):
@@ -113,16 +119,22 @@ def is_pure(node: Node) -> bool:
     return op is not None and not op.effect and not written(node)
 
 
-def changed_in_place(node: Node) -> bool:
-    """Return whether the graph may write to the tensor of `node` after it was computed, directly or through a view.
-
-    Views of the same memory count wherever they come from: `node` may be one itself.
-    """
-    memory, todo = set(), [node]
+def memory_of(node: Node) -> set[Node]:
+    """Return the nodes whose memory may be that of `node`: what it is a view of, and every view of that."""
+    memory: set[Node] = set()
+    todo = [node]
     while todo:
         x = todo.pop()
         if x not in memory:
             memory.add(x)
             todo += shared(x)
             todo += [user for user in x.users if x in shared(user)]
-    return any(x in written(user) and user > node for x in memory for user in x.users)
+    return memory
+
+
+def changed_in_place(node: Node) -> bool:
+    """Return whether the graph may write to the tensor of `node` after it was computed, directly or through a view.
+
+    Views of the same memory count wherever they come from: `node` may be one itself.
+    """
+    return any(x in written(user) and user > node for x in memory_of(node) for user in x.users)

@@ -33,8 +33,8 @@ WINDOW = Reason(Why.SLIDING_WINDOW, "sliding window or chunks: the cache holds o
 NOT_CACHED = Reason(Why.NOT_CACHED, "keys and values are not cached by the same layer")
 OTHER_GRAPH = Reason(
     Why.OTHER_GRAPH,
-    "its keys come from outside the graph: from a cache that is not traced, such as a quantized one, or from before a "
-    "graph break",
+    "its keys come from outside of this graph: a graph break lies before the attention, or a cache that is not traced "
+    "hands them over, such as a quantized one or the paged one of continuous batching (generate_batch)",
 )
 OTHER_LAYER = Reason(Why.OTHER_LAYER, "no KV cache of its own: it reads that of a layer that stays dense")
 FULL_CACHE = Reason(Why.FULL_CACHE, "the KV cache holds every token: decoding is as without zipvl")
@@ -208,9 +208,13 @@ def _grows(node: Node) -> bool:
 
 
 def _extends_input(node: Node) -> bool:
-    """Return whether a concatenation appends to one tensor that comes into the graph, as a cache with every token."""
+    """Return whether a concatenation appends to one tensor that comes into the graph, and goes out as what is cached.
+
+    So does a cache that holds every token; one that holds a window, or that is only looked at, stores something else.
+    """
     parts = arguments(node)["tensors"]
-    return isinstance(parts, (list, tuple)) and len(parts) == 2 and parts[0].op == "placeholder"
+    appends = isinstance(parts, (list, tuple)) and len(parts) == 2 and parts[0].op == "placeholder"
+    return appends and any(user.op == "output" for user in node.users)
 
 
 def _is_written(key: Node) -> bool:

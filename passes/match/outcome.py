@@ -1,9 +1,12 @@
-"""What became of each attention, of the projections around it and of the last hidden state, for reports."""
+"""What became of each attention, of the projections around it and of the last hidden state, for passes and reports."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch.fx import Node
 
 from zipvl_compile.passes.match.attention_site import AttentionShape
 from zipvl_compile.passes.match.reasons import Reason
@@ -77,3 +80,30 @@ class Demand:
 
     def __str__(self) -> str:
         return f"last hidden state, rows {self.rows}: {self.reason or 'only those are computed'}"
+
+
+@dataclass(frozen=True)
+class Demanded:
+    """Rows of the hidden states that are read after the last layer of a graph: they are kept and attend in every layer.
+
+    Attributes:
+        newest: how many of the newest are among them, at least 1 (tokens); a node where only the running graph knows.
+        others: nodes that hold positions of further ones, int64 `[m]`.
+        every: why every row counts as read; empty where only those do.
+        text: which rows those are, as the graph writes it, besides the newest one.
+    """
+
+    newest: Any = 1
+    others: tuple[Node, ...] = ()
+    every: str = ""
+    text: tuple[str, ...] = ()
+
+    def mapped(self, of: Callable[[Node], Node]) -> Demanded:
+        """Return the same rows with other nodes in the place of its own."""
+        newest = of(self.newest) if isinstance(self.newest, Node) else self.newest
+        return replace(self, newest=newest, others=tuple(map(of, self.others)))
+
+    def __str__(self) -> str:
+        if self.every:
+            return f"every query attends: {self.every}"
+        return f"kept, and attending in every layer: rows {', '.join(self.text)}" if self.text else ""

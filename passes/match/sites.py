@@ -18,7 +18,7 @@ from zipvl_compile.passes.masks.mask_form import CanonicalMasks, MaskForm
 from zipvl_compile.passes.match import cache_layers, eager, left_dense, sdpa
 from zipvl_compile.passes.match.attention_site import Attention, AttentionShape
 from zipvl_compile.passes.match.near_miss import NearMiss
-from zipvl_compile.passes.match.outcome import Demand, Kind, Pruning, SiteOutcome
+from zipvl_compile.passes.match.outcome import Demand, Demanded, Kind, Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Reason
 
 log = logging.getLogger("zipvl_compile")
@@ -37,6 +37,7 @@ class Site:
         node: what gives the attention's output now.
         rewritten: whether a pass made it sparse, or read a compacted cache.
         reason: why it stays dense, once that is known.
+        needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
 
@@ -47,6 +48,7 @@ class Site:
     name: str = field(init=False)
     rewritten: bool = False
     reason: Reason | None = None
+    needs_true_rows: str = ""
     mask: MaskForm | None = None
     shape: AttentionShape | None = None
 
@@ -72,6 +74,7 @@ class Sites:
         near_misses: what no pattern matches though it resembles one.
         masks: what the masks of the sites compute.
         pruned, demands: what is computed around the attentions that were rewritten.
+        demanded: the rows whose hidden states are read after the last layer; the newest one unless a pass looked.
     """
 
     prefill: list[Site] = field(default_factory=list)
@@ -82,6 +85,7 @@ class Sites:
     masks: CanonicalMasks = field(default_factory=CanonicalMasks)
     pruned: list[Pruning] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
+    demanded: Demanded = field(default_factory=Demanded)
 
     def __iter__(self) -> Iterator[Site]:
         return iter([*self.prefill, *self.decode, *self.others])
@@ -119,6 +123,7 @@ class Sites:
             near_misses=self.near_misses,
             pruned=[*self.pruned],
             demands=[*self.demands],
+            demanded=self.demanded.mapped(moved),
         )
 
 

@@ -1,7 +1,7 @@
 """Which axis holds the tokens, and which operations treat every token by itself.
 
 An operation is row-wise along an axis of its output if each slice along it is computed from the same slice of its
-inputs. `carried` says so for one node, from the output up to the inputs:
+inputs. A rule says so for one node, from the output up to the inputs (`token_axis.py` asks the right one):
 
     linear(x, w)[.., i, :]          from  x[.., i, :]                       along every axis but the last
     x.transpose(1, 2)[:, :, i]      from  x[:, i]
@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.op_traits import Tokens
 from zipvl_compile.passes.graph.private import leaves
-from zipvl_compile.passes.graph.reading import arguments, example, holds_tensors, is_op, of, spelled, written
+from zipvl_compile.passes.graph.reading import example, holds_tensors, is_op, spelled
 
 FRESH = ("new_empty", "new_zeros", "new_ones")
 SIZED = ("view", "reshape", "expand", *FRESH)  # calls that name the sizes of their result
@@ -32,47 +32,6 @@ Carried = dict[Node, int]
 
 class Mixes(Exception):
     """Rows of the tensor are not known to depend on one token each; the message names the operation."""
-
-
-def carried(node: Node, axis: int) -> Carried:
-    """Return the inputs of `node` that have the tokens of its output's `axis`, each with their axis.
-
-    Inputs that are left out are the same for every token.
-
-    Raises:
-        Mixes: a token of the output may depend on several tokens of an input.
-    """
-    op = of(node)
-    if op is None or op.tokens is None:
-        raise Mixes(f"{spelled(node)!r} may mix tokens")
-    try:
-        given = arguments(node)
-        if written(node) and op.tokens is not Tokens.COPY:
-            raise Mixes(f"{spelled(node)!r} changes a tensor in place")
-        found = _RULES[op.tokens](node, axis, given)
-    except Mixes:
-        raise
-    except Exception as error:  # a form of the call that its rule was not written for
-        raise Mixes(f"{spelled(node)!r} is called in an unknown way ({type(error).__name__}: {error})") from error
-    return {x: own for x, own in found.items() if isinstance(x, Node)}
-
-
-def axis_below(node: Node, given: Carried) -> int:
-    """Return the axis of `node`'s output that has the tokens of its inputs `given`.
-
-    Raises:
-        Mixes: there is none.
-    """
-    reason = Mixes(f"{spelled(node)!r} meets tokens on different axes")
-    for axis in range(rank(node)):
-        try:
-            inputs = carried(node, axis)
-        except Mixes as found:
-            reason = found
-            continue
-        if all(inputs.get(x) == a for x, a in given.items()):
-            return axis
-    raise reason
 
 
 def rank(node: Node) -> int:
@@ -123,7 +82,9 @@ def _norm(node: Node, axis: int, given: dict[str, Any]) -> Carried:
 
 
 def _matmul(node: Node, axis: int, given: dict[str, Any]) -> Carried:
-    first, second = given["input"], given["other"]
+    first, second = given.get("mat1", given["input"]), given["other"]
+    if "mat1" in given and example(given["input"]).dim() != 1:
+        raise Mixes(f"{spelled(node)!r} adds more than a bias")
     if example(second).dim() != 2 or axis == rank(node) - 1 or example(first).dim() < 2:
         raise Mixes(f"{spelled(node)!r} may mix tokens")
     return {first: axis}
@@ -181,6 +142,20 @@ def _product(sizes: Any) -> Any:
     for size in sizes:
         result = result * size
     return result
+
+
+def same_rows(source: Node, count: int, node: Node) -> int:
+    """Return how many leading axes of a reshaped tensor count the rows that `count` of `source` do.
+
+    Raises:
+        Mixes: rows are taken apart or joined.
+    """
+    old, new = example(source).shape, example(node).shape
+    for leading in range(len(new) + 1):
+        same = statically_known_true(_product(old[:count]) == _product(new[:leading]))
+        if same and statically_known_true(_product(old[count:]) == _product(new[leading:])):
+            return leading
+    raise Mixes(f"{spelled(node)!r} takes rows apart")
 
 
 def _expand(node: Node, axis: int, given: dict[str, Any]) -> Carried:
@@ -263,7 +238,7 @@ def _copy(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     return {filled: axis} | {x: a for x, a in _pointwise(node, axis, given).items() if x is not filled}
 
 
-_RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
+RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
     Tokens.POINTWISE: _pointwise,
     Tokens.FIRST: _first,
     Tokens.DROPOUT: _dropout,

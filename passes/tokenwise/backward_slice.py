@@ -34,7 +34,8 @@ from zipvl_compile.passes.graph.reading import (
     spelled,
     written,
 )
-from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned, axis_below, carried
+from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned
+from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def reads_size(user: Node) -> bool:
 
 def multiplies(node: Node) -> bool:
     """Return whether a node is a projection: a matrix product with a weight."""
-    return is_op(node, "linear", "matmul", "mm")
+    return is_op(node, "linear", "matmul", "mm", "addmm")
 
 
 def example_size(node: Node, axis: int) -> Any:

@@ -18,20 +18,21 @@ import torch
 from torch.fx import Node
 
 from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace
-from zipvl_compile.passes.graph.op_traits import Zeros
 from zipvl_compile.passes.graph.reading import (
-    arguments,
     changed_in_place,
     example,
     holds_tensors,
     is_op,
-    of,
     same_shape,
     spelled,
 )
-from zipvl_compile.passes.tokenwise.axis_rules import Mixes, axis_below, carried
+from zipvl_compile.passes.tokenwise import row_values
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, copy_for_rows, multiplies, reads_size
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, size
+from zipvl_compile.passes.tokenwise.row_values import ZERO, Interval
+from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
+from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
 
 @dataclass
@@ -40,16 +41,21 @@ class Below:
 
     Attributes:
         nodes: `start` and the operations, with their axes.
-        zero: those whose other rows are zero, too; those of the rest are one row that is the same for all tokens.
+        values: what is known of their other rows: zero again, or one row that is the same for all tokens.
         others: by operation, the tensors with tokens of their own that it reads, such as a gate.
         stops: why it goes no lower, by node.
     """
 
     start: Node
     nodes: dict[Node, Axes] = field(default_factory=dict)
-    zero: set[Node] = field(default_factory=set)
+    values: dict[Node, Interval] = field(default_factory=dict)
     others: dict[Node, dict[Node, Axes]] = field(default_factory=dict)
     stops: dict[Node, str] = field(default_factory=dict)
+
+    @property
+    def zero(self) -> set[Node]:
+        """Return those whose other rows are zero."""
+        return {node for node, interval in self.values.items() if interval == ZERO}
 
     @property
     def results(self) -> list[Node]:
@@ -130,11 +136,14 @@ def _added_to(user: Node, node: Node) -> Node | None:
 
 def find(start: Node, axes: Axes) -> Below:
     """Return the row-wise operations below `start`."""
-    below = Below(start, {start: axes}, {start})
+    below = Below(start, {start: axes}, {start: ZERO})
+    autocast = under_autocast(start.graph)
     node = start.next
     while node.op != "output":
         if not below.nodes.keys().isdisjoint(node.all_input_nodes) and not reads_size(node):
             try:
+                if node in autocast:
+                    raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
                 _add(below, node)
             except Mixes as reason:
                 below.stops[node] = str(reason)
@@ -146,7 +155,7 @@ def find(start: Node, axes: Axes) -> Below:
 
 def _remove(below: Below, node: Node) -> None:
     del below.nodes[node]
-    below.zero.discard(node)
+    below.values.pop(node, None)
     below.others.pop(node, None)
     for user in [user for user in node.users if user in below.nodes]:
         _remove(below, user)
@@ -162,35 +171,16 @@ def _add(below: Below, node: Node) -> None:
         batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
         samples = carried(node, batch)
     others = {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
-    zero = _stays_zero(node, {x for x in given if x in below.zero}, set(given))
+    interval = row_values.below(node, {x: below.values[x] for x in given})
     if others:
         alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))
         known = {x: a for given in below.others.values() for x, a in given.items()}
-        if not is_op(node, "mul") or not zero or not alike or any(known.get(x, a) != a for x, a in others.items()):
+        if (
+            not is_op(node, "mul")
+            or interval != ZERO
+            or not alike
+            or any(known.get(x, a) != a for x, a in others.items())
+        ):
             raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
         below.others[node] = others
-    below.nodes[node] = Axes(token, batch)
-    if zero:
-        below.zero.add(node)
-
-
-def _stays_zero(node: Node, zeros: set[Node], given: set[Node]) -> bool:
-    """Return whether a row of zeros in the inputs `zeros` of the inputs `given` makes a row of zeros."""
-    op = of(node)
-    rule = Zeros.NEVER if op is None else op.zeros
-    if rule is Zeros.ANY:
-        return bool(zeros)
-    if rule is Zeros.NEVER or zeros != given:
-        return False
-    named = arguments(node)
-    if rule is Zeros.NO_BIAS:
-        return named.get("bias") is None
-    if rule is Zeros.NUMERATOR:
-        return named["input"] in zeros and named["other"] not in zeros and named.get("rounding_mode") is None
-    if rule is Zeros.POWER:
-        power = named["exponent"]
-        return isinstance(power, (int, float)) and power > 0
-    if rule is Zeros.EVERY_TERM:
-        terms = named["tensors"] if "tensors" in named else (named["input"], named["other"])
-        return all(x in zeros for x in terms) and not named.get("alpha")
-    return True
+    below.nodes[node], below.values[node] = Axes(token, batch), interval

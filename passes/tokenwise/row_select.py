@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.op_calls import TokenPositionsCall
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.tokenwise.backward_slice import Axes
 
@@ -108,6 +109,12 @@ def kept_rows(positions: Node) -> Shared | OfEachSample:
     if one_sample(positions):
         return Shared(insert_call(before, operator.getitem, (positions, (0, 0))), count)
     return OfEachSample(insert_call(before, operator.getitem, (positions, (_ALL, 0))), count)
+
+
+def token_positions(x: Node, rows: slice, before: Node) -> Node:
+    """Insert the positions of some tokens of `x [B, H, n, D]`, int64 `[m]`, before a node."""
+    every = TokenPositionsCall(k=x).insert(before)
+    return insert_call(before, operator.getitem, (every, (0, 0, rows)))
 
 
 def one_sample(x: Node, batch: int = 0) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace
-from zipvl_compile.passes.graph.reading import arguments, changed_in_place, example, is_op
+from zipvl_compile.passes.graph.reading import arguments, changed_in_place, example, holds_subclass, is_op
 from zipvl_compile.passes.tokenwise.axis_rules import every_axis
 from zipvl_compile.passes.tokenwise.backward_slice import Cone
 
@@ -42,7 +42,8 @@ def _projection(node: Node) -> Node | None:
 def split(projection: Node) -> bool:
     """Put a projection for each piece in the place of one that is read in pieces only."""
     found = pieces(projection)
-    if len(found) < 2 or changed_in_place(projection) or any(changed_in_place(piece) for piece, _, _ in found):
+    written = changed_in_place(projection) or any(changed_in_place(piece) for piece, _, _ in found)
+    if len(found) < 2 or holds_subclass(projection) or written:  # of a quantised weight no parts are taken
         return False
     given = arguments(projection)
     readers = list(projection.users)

@@ -317,7 +317,7 @@ FAMILIES = {
         _mistral_large4, images(3, 64, 64, image_sizes=[64, 64]),
         decoder=(OTHER_CACHE,) * 2 + (OTHER_LAYER,) * 2,
     ),
-    "glm5_next": Family(_glm5_next, patches, around=MARKED, decoder=("its keys come from outside the graph",)),
+    "glm5_next": Family(_glm5_next, patches, around=MARKED, decoder=("its keys come from outside of this graph",)),
     "dots3_note": Family(_dots3_note, _flat_patches, decoder=(OTHER_CACHE,) * 2),
     "muse_spark": Family(_muse_spark, patches, decoder=("sliding window", REWRITTEN)),
     "nemotron_h_omni": Family(

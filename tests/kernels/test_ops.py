@@ -87,6 +87,7 @@ def test_select_tokens(rule, keep_recent):
     q, k, *_ = tensors()
     scores, visible = torch.ops.zipvl.token_scores(q, k, None, True, 1.0, None, 4, 3, 0, 1)
     check(ops.select_tokens.default, scores, visible, *rule, keep_recent)
+    check(ops.select_tokens.default, scores, visible, *rule, keep_recent, torch.tensor([2, 0]))
 
 
 def test_gather_kv():

@@ -139,6 +139,46 @@ def test_keep_recent_longer_than_the_prompt_keeps_everything(implementation):
     assert select(implementation, *scores([1.0] * 4), tau=0.5, keep_recent=50).tolist() == [[[0, 1, 2, 3]]]
 
 
+PROTECTED = {
+    "one": [4],
+    "several, in any order": [30, 2, 17, 9],
+    "from the end": [-1, -12],
+    "twice": [5, 5, 6],
+    "invisible": [0, 1],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("form", PROTECTED)
+def test_protected_tokens_come_on_top_wherever_they_stand(paper, implementation, form, rule):
+    accumulated, visible = drawn(40, seed=3)
+    visible[:, :2], accumulated[..., :2] = 0, 0
+    rows = torch.tensor(PROTECTED[form], dtype=torch.int64)
+    kept = same(implementation, accumulated, visible, protected=rows, **rule)
+    expected = paper.selection(paper.array(accumulated), paper.array(visible), protected=PROTECTED[form], **rule)
+    assert np.array_equal(kept.numpy(), expected)
+    plain = select_tokens(accumulated, visible, **rule)
+    assert kept.shape[2] == min(plain.shape[2] + len(rows), 40)
+    for sample, before in zip(kept[:, 0].tolist(), plain[:, 0].tolist(), strict=True):
+        assert set(sample) >= set(before) | set((rows % 40).tolist()), "nothing is displaced"
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_more_protected_tokens_than_there_are(implementation, n):
+    rows = torch.arange(n).repeat(3)
+    assert select(implementation, *scores([1.0] * n), tau=0.5, protected=rows).tolist() == [[[*range(n)]]]
+
+
+@gpu_only
+@pytest.mark.parametrize("n", [100, 20_000, 70_000])
+def test_protected_tokens_of_long_prompts_on_a_gpu(implementation, n):
+    accumulated, visible = drawn(n, seed=n)
+    rows = torch.randint(0, n, (64,), generator=torch.Generator().manual_seed(n))
+    kept = same(implementation, accumulated, visible, tau=0.9, protected=rows)
+    assert set(rows.tolist()) <= set(kept[0, 0].tolist())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_score_keeps_every_token(implementation, bad):
     accumulated, visible = scores([5.0, bad, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0])
@@ -292,6 +332,8 @@ BAD = {
     "keep_ratio-0": ({"keep_ratio": 0.0}, "keep_ratio: expected a fraction in (0, 1], got 0.0"),
     "keep_ratio-negative": ({"keep_ratio": -0.5}, "keep_ratio: expected a fraction in (0, 1], got -0.5"),
     "keep_recent": ({"keep_recent": 0}, "keep_recent: expected at least 1 token, got 0"),
+    "protected-rank": ({"protected": torch.tensor([[1]])}, "protected: expected positions, int64 [m], got torch.int64"),
+    "protected-dtype": ({"protected": torch.tensor([1.0])}, "got torch.float32 [1]"),
     "accumulated-rank": ({"accumulated": torch.ones(2, 6)}, "accumulated, visible: expected [batch, groups, n]"),
     "visible-rank": ({"visible": torch.ones(2, 1, 6)}, "got [2, 1, 6], [2, 1, 6]"),
     "visible-tokens": ({"visible": torch.ones(2, 5)}, "got [2, 1, 6], [2, 5]"),

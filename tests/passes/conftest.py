@@ -28,8 +28,10 @@ def record():
     """Return `record(module, *inputs, ...)`: compile, run once, return the output and the recorder."""
     torch._dynamo.reset()
 
-    def compile_and_run(module, *inputs, dynamic=None, inner=None, passes=True, prune=False, rows=None, **changed):
-        recorder = Recorder(Settings(**SELECTION | changed) if passes else None, inner, prune, rows)
+    def compile_and_run(
+        module, *inputs, dynamic=None, inner=None, passes=True, prune=False, rows=None, read=False, **changed
+    ):
+        recorder = Recorder(Settings(**SELECTION | changed) if passes else None, inner, prune, rows, read)
         recorder.compiled = torch.compile(module, backend=recorder, dynamic=dynamic)
         return recorder.compiled(*inputs), recorder
 

@@ -46,7 +46,8 @@ def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
         record, Stack(READS["slice"][0]), hidden_states(batch=batch), recent_probes=0, random_probes=PROBES, **RATIO
     )
     assert not recorder.demands[0].reason
-    assert widths(graph)["q"] == [PROBES, P, PROBES, 1]
+    kept = P + 1  # no probe row may see the last token: it is kept by its position, on top
+    assert widths(graph)["q"] == [PROBES, kept, PROBES, 1] and widths(graph)["v"] == [kept, kept]
 
 
 @pytest.mark.parametrize("options", [{}, {"queries": "all"}, {"evict": "keep"}], ids=str)

@@ -7,7 +7,10 @@ import operator
 import torch
 import torch.nn.functional as F
 from support.graph_modules import cache
+from support.recording import LATER
 from torch import nn
+
+from zipvl_compile.pipeline import without
 
 WIDTH, HEADS, KV_HEADS, DIM = 16, 4, 2, 4
 N, P, PROBES = 20, 6, 12  # keep_ratio 0.3; 6 recent and 6 random probe rows
@@ -133,7 +136,7 @@ def without_spare(outputs, n):
 
 def both(record, module, x, *others, **options):
     """Return the graph with pruning and what it pruned, after a check that the outputs are those without."""
-    plain, _ = record(module, x, *others, **options)
+    plain, _ = record(module, x, *others, rows=without(*LATER, "demand_rows", "prune_projections"), **options)
     torch._dynamo.reset()
     pruned, recorder = record(module, x, *others, prune=True, **options)
     n = x.shape[1]

@@ -87,7 +87,7 @@ def fewest(accumulated: np.ndarray, tau: float) -> int:
     return len(ordered)
 
 
-def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1) -> np.ndarray:
+def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1, protected=()) -> np.ndarray:
     """Return the kept positions `[B, groups, P]`: the paper's p tokens, then the protected ones on top of them.
 
     The paper's p tokens are the newest visible one and the best others by normalised score. A protected token that is
@@ -99,7 +99,7 @@ def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1
     else:
         p = n if tau == 1 else max(fewest(accumulated[b, g], tau) for b in range(batch) for g in range(groups))
     p = min(max(p, 1), n)
-    size = min(p + keep_recent - 1, n)
+    size = min(p + keep_recent - 1 + len(protected), n)
     kept = np.zeros((batch, groups, size), dtype=np.int64)
     for b in range(batch):
         shown = [j for j in range(n) if visible[b, j] > 0]
@@ -108,7 +108,8 @@ def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1
             best_first = sorted(range(n), key=lambda j: (-normalised[j], j))
             chosen = shown[-1:]
             chosen += [j for j in best_first if j not in chosen][: p - len(chosen)]
-            chosen += [j for j in shown[-keep_recent:] if j not in chosen]
+            always = [*shown[-keep_recent:], *dict.fromkeys(int(j) % n for j in protected)]
+            chosen += [j for j in dict.fromkeys(always) if j not in chosen]
             chosen += [j for j in best_first if j not in chosen][: size - len(chosen)]
             kept[b, g] = sorted(chosen)
     return kept

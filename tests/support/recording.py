@@ -13,6 +13,7 @@ from zipvl_compile.pipeline import rewrite, without
 
 SELECTION = {"tau": 0.8, "recent_probes": 6, "random_probes": 6, "seed": 3, "min_tokens": 0}
 # The rest of the pipeline changes neither what is computed nor which attention reads it.
+PRUNING = ("keep_true_rows", "demand_rows", "prune_projections")
 LATER = ("unmask_dense", "keep_every_token", "fuse_gathers", "choose_kernels")
 
 
@@ -87,11 +88,15 @@ class CheckedRun(torch.fx.Interpreter):
 
 
 class Recorder:
-    """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked."""
+    """A Dynamo backend: run the passes, note what they changed, check the graph, execute it checked.
 
-    def __init__(self, settings, inner, prune, passes=None):
+    The newest row alone counts as read, whatever the graph returns, unless `read` runs the pass that looks.
+    """
+
+    def __init__(self, settings, inner, prune, passes=None, read=False):
         self.settings, self.inner = settings, inner
-        self.passes = passes or without(*LATER, *(() if prune else ("demand_rows", "prune_projections")))
+        skipped = (() if prune else PRUNING) + (() if read else ("read_demands",))
+        self.passes = passes or without(*LATER, *skipped)
         self.sites, self.graphs, self.erased, self.added, self.faults = [], [], [], [], []
 
     @property
@@ -110,10 +115,7 @@ class Recorder:
         return [Noted(one.layer, one.kind, str(one.reason or "")) for one in found]
 
     def __call__(self, gm, example_inputs):
-        fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
-        if fake_mode is not None and fake_mode.shape_env is not None:
-            env = fake_mode.shape_env
-            env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+        with_unknown_sizes(gm)
         before, returned = _nodes(gm.graph), _returned_inputs(gm.graph)
         if self.settings is not None:
             done = rewrite(gm.graph, self.settings, self.passes)
@@ -129,10 +131,19 @@ class Recorder:
         if self.inner is not None:
             return torch._dynamo.lookup_backend(self.inner)(gm, example_inputs)
 
-        return functools.partial(_run_checked, gm)
+        return functools.partial(run_checked, gm)
 
 
-def _run_checked(gm, *inputs):
+def with_unknown_sizes(gm):
+    """Allow sizes in a graph that only the running graph knows."""
+    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes])
+    if fake_mode is not None and fake_mode.shape_env is not None:
+        env = fake_mode.shape_env
+        env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+
+
+def run_checked(gm, *inputs):
+    """Run a graph node by node, every fake value compared with the true one."""
     return CheckedRun(gm).run(*inputs)
 
 

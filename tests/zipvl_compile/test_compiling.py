@@ -7,10 +7,12 @@ import torch
 from families.run import generate, prompts
 from support.tiny_models import compiled, inputs, model
 from torch import nn
+from transformers import GenerationMixin
 
 import zipvl_compile
 from zipvl_compile.cache.hf_names import cache_of
-from zipvl_compile.compiling import generating_modules
+from zipvl_compile.compiling import generating_modules, uncompiled_generate
+from zipvl_compile.dynamo import in_place_for_zipvl
 from zipvl_compile.report.compile_report import collect
 
 EVERY_LENGTH = {"inner": "eager", "min_tokens": 0}
@@ -27,9 +29,9 @@ def _fresh_dynamo():
 def test_the_inner_model_of_a_model_that_hands_over_is_compiled(family, path, caplog):
     f, eager = model(family), model(family)
     with caplog.at_level(logging.INFO, "zipvl_compile"):
-        assert zipvl_compile.compile(f, tau=1.0, **EVERY_LENGTH) == [path]
+        assert zipvl_compile.compile(f, tau=1.0, **EVERY_LENGTH) == ["", path]
     assert f"zipvl compiles {type(f).__name__}.{path}" in caplog.text
-    assert f._compiled_call_impl is None and f.get_submodule(path)._compiled_call_impl is not None
+    assert in_place_for_zipvl(f) and in_place_for_zipvl(f.get_submodule(path))
     for x in prompts(family).values():
         assert torch.equal(f.generate(**x, max_new_tokens=6), eager.generate(**x, max_new_tokens=6))
 
@@ -54,14 +56,14 @@ def test_on_a_model_that_generates_it_equals_model_compile():
 def test_a_wrapped_model_is_compiled_inside():
     f = model("llava")
     assert zipvl_compile.compile(torch.compile(f, backend="eager"), **EVERY_LENGTH) == [""]
-    assert f._compiled_call_impl is not None
+    assert in_place_for_zipvl(f)
 
 
 def test_a_bad_option_compiles_nothing():
     f = model("llava")
     with pytest.raises(ValueError, match=r"'tua'.*Did you mean 'tau'"):
         zipvl_compile.compile(f, tua=1.0)
-    assert f._compiled_call_impl is None
+    assert not in_place_for_zipvl(f)
 
 
 def test_what_is_no_module_is_named():
@@ -69,27 +71,120 @@ def test_what_is_no_module_is_named():
         zipvl_compile.compile("llava-hf/llava-1.5-7b-hf")
 
 
-class Inner(nn.Module):
-    def generate(self, x):
-        return x
+def test_a_path_names_the_only_module_to_compile():
+    f = model("blip_2")
+    assert zipvl_compile.compile(f, path="language_model") == ["language_model"]
+    assert not in_place_for_zipvl(f) and in_place_for_zipvl(f.language_model)
+    assert zipvl_compile.compile(f, path="") == [""] and in_place_for_zipvl(f)
 
 
-class Outer(nn.Module):
+def test_a_path_that_leads_nowhere_is_named():
+    f = model("llava")
+    with pytest.raises(ValueError, match=r"path: expected a module of LlavaFor\w+, got 'lm'\. Use one of the names"):
+        zipvl_compile.compile(f, path="lm")
+    assert not in_place_for_zipvl(f)
+
+
+class Inner(nn.Module, GenerationMixin):
+    """Generates as Hugging Face's models do."""
+
+
+class Outer(nn.Module, GenerationMixin):
+    """Generates by its inner models."""
+
     def __init__(self, **inner):
         super().__init__()
         for name, module in inner.items():
             setattr(self, name, module)
 
     def generate(self, x):
-        first = self.thinker.generate(x)
-        return self.talker.generate(first) + self.tokenizer.generate(x)
+        return self.thinker.generate(x)
+
+
+class Loop(nn.Module):
+    """Generates by a loop of its own."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def generate(self, x):
+        return self.step(x)
 
 
 def test_several_inner_models_and_inner_models_of_inner_models_are_found():
-    both = Outer(thinker=Inner(), talker=Outer(thinker=Inner(), talker=Inner(), tokenizer=None), tokenizer=object())
-    assert generating_modules(both) == ["thinker", "talker.thinker", "talker.talker"]
+    talker = Outer(thinker=Inner(), part=nn.Sequential(Inner()))
+    both = Outer(thinker=Inner(), talker=talker, tokenizer=object(), twin=talker)
+    assert generating_modules(both) == ["", "thinker", "talker", "talker.thinker", "talker.part.0"]
 
 
-def test_a_generate_without_source_is_the_models_own():
-    kind = type("Odd", (nn.Module,), {"generate": staticmethod(len)})
-    assert generating_modules(kind()) == [""]
+def test_what_a_model_calls_that_generates_itself_is_a_part_of_it():
+    f = Inner()
+    f.text_model, f.other = Inner(), Outer(thinker=Inner())
+    assert generating_modules(f) == [""]
+    assert generating_modules(Loop(f)) == ["step"]
+
+
+def test_a_generate_that_was_replaced_on_the_object_may_run_anything():
+    f = Inner()
+    f.text_model = Inner()
+    f.generate = f.text_model.generate
+    assert generating_modules(f) == ["", "text_model"]
+
+
+def test_a_model_that_cannot_generate_is_compiled_itself():
+    assert generating_modules(nn.Linear(2, 2)) == [""]
+
+
+@pytest.mark.parametrize("f", [Loop(nn.Linear(2, 2)), Loop(None)], ids=["decoder", "none"])
+def test_a_generate_in_which_nothing_is_known_is_an_error_that_asks_for_the_path(f):
+    with pytest.raises(ValueError, match=r'path: expected where Loop\.generate calls a model.*Pass path=""'):
+        zipvl_compile.compile(f)
+    assert zipvl_compile.compile(f, path="") == [""]
+
+
+class Runs(nn.Module, GenerationMixin):
+    """Fills no cache, but asks what a cache asks."""
+
+    def generate(self):
+        return self()
+
+    def forward(self):
+        self.told = None if torch.compiler.is_compiling() else uncompiled_generate()
+
+
+class HandsOver(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.runs = Runs()
+
+    def generate(self):
+        self.runs.generate()
+        return self.runs.told
+
+    def forward(self):
+        raise AssertionError("never called")
+
+
+def test_a_generate_that_runs_another_model_than_the_compiled_one_is_named_once():
+    f = HandsOver()
+    assert f.generate() is None, "nothing is compiled"
+    f = HandsOver()
+    f.compile(backend="eager")
+    assert f.generate() is None, "compiled, but for another backend"
+    f = HandsOver()
+    f.compile(backend="zipvl")
+    assert "HandsOver.generate runs a Runs that is not compiled" in f.generate()
+    assert f.generate() is None
+    f = HandsOver()
+    assert zipvl_compile.compile(f) == ["runs"]
+    assert f.generate() is None
+
+
+def test_generate_of_a_wrapper_is_named_once():
+    f = Runs()
+    wrapped = torch.compile(f, backend="zipvl")
+    wrapped.generate()
+    assert 'Use model.compile(backend="zipvl")' in f.told
+    wrapped.generate()
+    assert f.told is None

@@ -24,7 +24,7 @@ class Small(nn.Module):
         self.linear = nn.Linear(3, 2)
 
     def forward(self, x):
-        return self.linear(x) + (1 if dynamo.tracing_for_zipvl() else 0)
+        return self.linear(x)
 
 
 def callback(**given):
@@ -50,36 +50,46 @@ def test_which_backend_is_ours(given, ours):
     assert dynamo.is_zipvl(given) is ours
 
 
+class Asking(nn.Module):
+    """Asks outside of every graph, while its compiled forward runs."""
+
+    def forward(self, x):
+        self.answers = ask()
+        return x + 1
+
+
+@torch.compiler.disable
+def ask():
+    limit = torch._dynamo.config.recompile_limit
+    return dynamo.backend_of_call(), dynamo.runs_uncompiled_for_zipvl(), limit
+
+
+@pytest.mark.parametrize("name", ["zipvl", "eager"])
+def test_the_backend_of_the_running_call_is_found(name):
+    assert dynamo.backend_of_call() is None and not dynamo.runs_uncompiled_for_zipvl()
+    model = Asking()
+    compiled = torch.compile(model, backend=name, **({"options": {"inner": "eager"}} if name == "zipvl" else {}))
+    compiled(torch.ones(2))
+    found, ours, _ = model.answers
+    assert found is dynamo.innermost_backend(compiled.dynamo_ctx.callback)
+    assert ours is dynamo.is_zipvl(found) is (name == "zipvl")
+
+
 @pytest.mark.parametrize(
-    ("backend", "gradients", "training", "told"),
-    [
-        ("zipvl", False, False, True),
-        ("zipvl", True, False, True),
-        ("zipvl", False, True, True),
-        ("zipvl", True, True, False),
-        ("eager", False, False, False),
-    ],
+    ("name", "set_by_user", "seen"), [("zipvl", 8, 64), ("zipvl", 4, 4), ("zipvl", 70, 70), ("eager", 8, 8)]
 )
-def test_a_traced_frame_is_told_whether_it_is_for_zipvl_and_for_inference(backend, gradients, training, told):
-    model = Small().train(training)
-    x, options = torch.ones(1, 3), {"options": {"inner": "eager"}} if backend == "zipvl" else {}
-    with torch.set_grad_enabled(gradients):
-        compiled = torch.compile(model, backend=backend, **options)(x)
-        assert torch.equal(compiled, model(x) + (1 if told else 0))
+def test_the_recompile_limit_is_raised_in_zipvls_calls_only(name, set_by_user, seen):
+    model, config = Asking(), torch._dynamo.config
+    with config.patch(recompile_limit=set_by_user):
+        f = torch.compile(model, backend=name, **({"options": {"inner": "eager"}} if name == "zipvl" else {}))
+        f(torch.ones(2))
+        assert model.answers[2] == seen and config.recompile_limit == set_by_user
+        f(torch.ones(2))
+        assert model.answers[2] == set_by_user, "nothing is compiled, nothing is raised"
 
 
-def test_nothing_is_traced_outside_a_compile():
-    assert not dynamo.tracing_for_zipvl()
-    assert dynamo.gradients_matter()
-    with torch.no_grad():
-        assert not dynamo.gradients_matter()
-
-
-def test_the_recompile_limit_is_raised_and_never_lowered():
-    with torch._dynamo.config.patch(recompile_limit=8):
-        dynamo.raise_recompile_limit(20)
-        dynamo.raise_recompile_limit(10)
-        assert torch._dynamo.config.recompile_limit == 20
+def test_compiled_code_is_kept_apart_where_pytorch_can():
+    assert torch.compile(Small(), backend="eager", **dynamo.apart()) is not None
 
 
 def test_compiled_models_are_seen_through():
@@ -89,9 +99,8 @@ def test_compiled_models_are_seen_through():
     assert not dynamo.is_wrapped_for_zipvl(model), "wrapped, but for another backend"
     ours = torch.compile(model, backend="zipvl")
     assert dynamo.is_wrapped_for_zipvl(model) and not dynamo.is_wrapped_for_zipvl(other)
-    assert not dynamo.is_compiled_in_place(model)
     model.compile(backend="eager")
-    assert dynamo.is_compiled_in_place(model) and dynamo.original_of(ours) is model
+    assert dynamo.original_of(ours) is model
 
 
 def test_a_users_error_keeps_its_type_and_its_words():

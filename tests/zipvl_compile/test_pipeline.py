@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.graph_modules import Wrapped
 
 from zipvl_compile import pipeline
+from zipvl_compile.callers import newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.pipeline import PIPELINE, Row, rewrite, settings_of, without
@@ -43,7 +44,8 @@ def test_every_option_of_the_method_reaches_the_passes():
     settings = settings_of(ZipVLOptions(**chosen))
     assert {name: getattr(settings, name) for name in chosen} == chosen
     assert settings_of(ZipVLOptions(keep_ratio=0.25)).keep_ratio == 0.25
-    names = {field.name for field in dataclasses.fields(Settings)}
+    assert settings.newest_rows_read is newest_rows_read, "the callers of a graph are asked"
+    names = {field.name for field in dataclasses.fields(Settings)} - {"newest_rows_read"}
     assert names == {*chosen, "keep_ratio"}, "a new setting belongs into this test"
     assert names <= {field.name for field in dataclasses.fields(ZipVLOptions)}, "one name from the option to the pass"
 
@@ -51,7 +53,8 @@ def test_every_option_of_the_method_reaches_the_passes():
 def test_defaults_are_the_papers():
     settings, plain = settings_of(ZipVLOptions()), Settings()
     assert callable(settings.min_tokens), "the cost model decides"
-    assert dataclasses.replace(settings, min_tokens=0) == plain
+    given = dataclasses.replace(settings, min_tokens=0, newest_rows_read=plain.newest_rows_read)
+    assert given == plain
     assert (plain.tau, plain.recent_probes, plain.random_probes, plain.queries) == (0.975, 64, 64, "selected")
 
 
@@ -132,7 +135,7 @@ def test_matching_that_fails_leaves_the_graph_alone(modules, monkeypatch):
 def test_dumps_are_readable_python_before_and_after_each_pass(modules, monkeypatch, tmp_path):
     monkeypatch.setenv("ZIPVL_DUMP", str(tmp_path / "dumps"))
     gm = traced(prefill(modules), *modules.qkv())
-    rewrite(gm.graph, Settings(), PIPELINE[:2])
+    rewrite(gm.graph, Settings(), PIPELINE[1:3])
     (folder,) = (tmp_path / "dumps").iterdir()
     names = sorted(path.name for path in folder.iterdir())
     assert names == [

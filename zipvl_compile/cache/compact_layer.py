@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
-from zipvl_compile.dynamo import tracing_for_zipvl
+from zipvl_compile.gradients import tracing_for_zipvl
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops

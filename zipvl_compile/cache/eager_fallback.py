@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
-import weakref
 from collections.abc import Sequence
-from types import FrameType
 
 import torch
 import torch.nn.functional as F
 
-from zipvl_compile.dynamo import as_plain_tensors, is_compiled_in_place, is_wrapped_for_zipvl
+from zipvl_compile.compiling import uncompiled_generate
+from zipvl_compile.dynamo import PAST_THE_LIMIT, as_plain_tensors, runs_uncompiled_for_zipvl
 from zipvl_compile.kernels.kv_view import UNREADABLE
-
-_checked: weakref.WeakSet = weakref.WeakSet()
 
 
 def check_generate_is_compiled() -> None:
-    """Warn once per model when `torch.compile(model, backend="zipvl").generate(...)` runs the original model.
+    """Warn where a prompt is read outside of every graph though the model, or what wraps it, was compiled for zipvl."""
+    text = uncompiled_generate()
+    if text is not None:
+        warnings.warn(text, UserWarning, stacklevel=2)
+    elif runs_uncompiled_for_zipvl():
+        warn_of_uncompiled_prompt()
 
-    PyTorch's OptimizedModule forwards `generate` to the module that it wraps, so nothing is compiled there.
-    """
-    model = _generating()
-    if model is None or model in _checked:
-        return
-    _checked.add(model)
-    if not is_compiled_in_place(model) and is_wrapped_for_zipvl(model):
-        warnings.warn(
-            'torch.compile(model, backend="zipvl").generate(...) runs the original, uncompiled model: PyTorch forwards '
-            'generate to it. Use model.compile(backend="zipvl") and then model.generate(...), which compiles in place.',
-            UserWarning,
-            stacklevel=2,
-        )
+
+@functools.cache
+def warn_of_uncompiled_prompt() -> None:
+    """Warn, once per process, that PyTorch runs a compiled model's prompt uncompiled."""
+    warnings.warn(
+        "zipvl: a prompt of a compiled model is read uncompiled, so it is dense and its cache is full: compiling is "
+        f"disabled there, or PyTorch gave up after its recompile limit. {PAST_THE_LIMIT}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache
@@ -43,21 +41,10 @@ def warn_of_eager_decode() -> None:
         "A compacted KV cache is read by a model that runs uncompiled: right for one new token at a time, without the "
         "speed of zipvl, and an error for several tokens or padded batches. Either the model was never compiled (call "
         'model.compile(backend="zipvl") before the prompt), compiling is disabled, or Dynamo gave up after its '
-        "recompile limit (TORCH_LOGS=recompiles names what changes; zipvl_compile.compile(model) raises the limit).",
+        f"recompile limit (TORCH_LOGS=recompiles names what changes). {PAST_THE_LIMIT}",
         UserWarning,
         stacklevel=2,
     )
-
-
-def _generating() -> torch.nn.Module | None:
-    """Return the module whose `generate` is running, or None."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_name == "generate" else None
-        if isinstance(owner, torch.nn.Module):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 class _PhysicalKeys(torch.Tensor):

@@ -18,7 +18,11 @@ from zipvl_compile.passes.match.sites import read_all
 from zipvl_compile.pipeline import Rewritten
 
 log = logging.getLogger("zipvl_compile")
-GRADIENTS = Reason(Why.GRADIENTS, "gradients are needed: call model.eval(), or run under torch.no_grad()")
+GRADIENTS = Reason(
+    Why.GRADIENTS,
+    "gradients are on, and an input or a parameter in training mode requires them: run under torch.no_grad(), or "
+    "detach the inputs and call model.eval()",
+)
 _MAX_REPORTS = 256
 _recent: deque[CompileReport] = deque(maxlen=_MAX_REPORTS)
 _listeners: list[list[CompileReport]] = []
@@ -33,6 +37,8 @@ class CompileReport:
         sites: in the order of the graph, those of a prefill first, then those of decoding, then the others.
         pruned: projections around the attentions that were made sparse.
         demands: rows of the last hidden state that are used.
+        demanded: which rows are kept and attend because they are read, or why every query attends; empty where nothing
+            was made sparse, or where the newest row alone is read.
         seconds: taken by the matching and by each pass.
         faults: passes that failed and were left out, with their errors.
     """
@@ -40,6 +46,7 @@ class CompileReport:
     sites: list[SiteOutcome] = field(default_factory=list)
     pruned: list[Pruning] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
+    demanded: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
 
@@ -55,6 +62,7 @@ class CompileReport:
         lines = [f"zipvl: {len(self.rewritten)} attention sites rewritten, {len(self.dense)} dense"]
         lines += [f"  {site.layer} {site.kind}: {site.reason or 'rewritten'}" for site in self.sites]
         lines += [f"  {pruning}" for pruning in self.pruned] + [f"  {demand}" for demand in self.demands]
+        lines += [f"  {self.demanded}"] if self.demanded else []
         lines += [f"  pass {name} failed: {error}" for name, error in self.faults.items()]
         return "\n".join(lines)
 
@@ -62,7 +70,8 @@ class CompileReport:
 def record(done: Rewritten) -> CompileReport:
     """Keep the report of one compile, log it, and warn once per reason about decoder attention that stays dense."""
     sites = done.sites
-    return _keep(CompileReport(sites.outcomes, sites.pruned, sites.demands, done.seconds, done.faults))
+    demanded = str(sites.demanded) if any(site.rewritten for site in sites.prefill) else ""
+    return _keep(CompileReport(sites.outcomes, sites.pruned, sites.demands, demanded, done.seconds, done.faults))
 
 
 def record_training(graph: Graph) -> CompileReport:

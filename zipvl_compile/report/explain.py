@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
-from zipvl_compile.dynamo import TRACING_LOGGERS, original_of
+from zipvl_compile.callers import LOGITS_TO_KEEP
+from zipvl_compile.dynamo import TRACING_LOGGERS, apart, original_of
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.report import compile_report as report
@@ -34,7 +35,8 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     """Compile a model for zipvl on the side, run one prompt and one decode step, and list what was done where.
 
     The model is not changed, and nothing that it has compiled is used or replaced. The whole model runs in one call
-    here, vision tower included; `generate` runs the vision tower of most models outside the compiled graphs.
+    here, vision tower included; `generate` runs the vision tower of most models outside the compiled graphs. As in
+    `generate`, the logits of the newest token alone are asked for, unless `logits_to_keep` is among the inputs.
 
     Args:
         model: a Hugging Face LVLM, compiled or not.
@@ -59,7 +61,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     _check_inputs(model, inputs)
     with _undisturbed(model), report.collect() as reports, torch.no_grad():
         compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))
-        outputs = compiled(**{**inputs, "use_cache": True})
+        outputs = compiled(**{**_as_generate_asks(model), **inputs, "use_cache": True})
         cache = _cache_of(outputs, model)
         prompt_length = cache.get_seq_length()
         kept = _kept_counts(cache)
@@ -67,7 +69,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
     rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt_length)
     pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
-    notes += _around_attention(pruned) + _advice(rows)
+    notes += _read_rows(reports) + _around_attention(pruned) + _advice(rows)
     if parsed.min_tokens is None:
         notes += [str(speed) for speed in asked_for(outputs.logits.device)]
     return Explanation(_with_pruned(rows, pruned), prompt_length, notes)
@@ -85,10 +87,7 @@ class OwnOptions(dict):
 
 def _separate(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `torch.compile` that keep this compile apart from those of the user's model."""
-    arguments: dict[str, Any] = {"options": OwnOptions(options)}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
-        arguments["isolate_recompiles"] = True  # do not count against the user's recompile limit
-    return arguments
+    return {"options": OwnOptions(options), **apart()}
 
 
 @contextlib.contextmanager
@@ -138,6 +137,16 @@ def _check_inputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
             raise ValueError(f"inputs: expected arguments of {type(model).__name__}.forward, got {name!r}. {hint}")
+
+
+def _as_generate_asks(model: torch.nn.Module) -> dict[str, Any]:
+    return {LOGITS_TO_KEEP: 1} if LOGITS_TO_KEEP in inspect.signature(model.forward).parameters else {}
+
+
+def _read_rows(reports: list[report.CompileReport]) -> list[str]:
+    """Say which rows are kept and attend because they are read, if others than the newest."""
+    found = {one.demanded: None for one in reports if one.demanded}
+    return [f"{text[0].upper()}{text[1:]}." for text in found]
 
 
 def _cache_of(outputs: Any, model: torch.nn.Module) -> Cache:

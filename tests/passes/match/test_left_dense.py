@@ -62,12 +62,17 @@ def cross(modules, q, k, v):
 
 def full_cache(modules, q, k, v):
     k, v = torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
-    return modules.attend(q[:, :, :1], k, v)
+    return modules.attend(q[:, :, :1], k, v), k, v
 
 
 def full_cache_repeated(modules, q, k, v):
     k, v = torch.cat([k, k[:, :, :1]], dim=2), torch.cat([v, v[:, :, :1]], dim=2)
-    return modules.attend(q[:, :, :1], k, v, "expand")
+    return modules.attend(q[:, :, :1], k, v, "expand"), k, v
+
+
+def cache_that_is_only_looked_at(modules, q, k, v):
+    """As a block of DiffusionGemma, which reads the window that another cache holds."""
+    return full_cache(modules, q, k, v)[0]
 
 
 def foreign_cache(modules, q, k, v):
@@ -129,6 +134,7 @@ REASONS = {
     cross: [("other", CROSS)],
     full_cache: [("decode", FULL)],
     full_cache_repeated: [("decode", FULL)],
+    cache_that_is_only_looked_at: [("decode", str(left_dense.FOREIGN_CACHE))],
     foreign_cache: [("decode", str(left_dense.FOREIGN_CACHE))],
     static_prefill: [("prefill", STATIC)],
     static_decode: [("decode", STATIC)],

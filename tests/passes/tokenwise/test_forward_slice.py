@@ -28,26 +28,26 @@ def zero(found):
 
 
 CASES = {
-    "linear": (lambda a, x: x + F.linear(a, W), {"linear"}, True),
-    "bias": (lambda a, x: x + F.linear(a, W, BIAS), set(), True),
-    "gated": (lambda a, x: x + F.linear(a * torch.sigmoid(x), W), {"mul", "linear"}, True),
-    "other by name": (lambda a, x: x + torch.matmul(a, other=W), {"matmul"}, True),
-    "a power by name": (lambda a, x: x + F.linear(torch.pow(a, exponent=2), W), {"pow", "linear"}, True),
-    "a power that is none": (lambda a, x: x + F.linear(torch.pow(a, exponent=-2), W), set(), True),
-    "divided": (lambda a, x: x + F.linear(a / 3, W), {"truediv", "linear"}, True),
-    "a divisor": (lambda a, x: x + F.linear(3 / a, W), set(), True),
-    "a constant term": (lambda a, x: x + F.linear(a + 1, W), set(), True),
-    "mixed": (lambda a, x: x + F.linear(a.cumsum(1), W), set(), False),
+    "linear": (lambda a, x: x + F.linear(a, W), {"linear"}, ""),
+    "bias": (lambda a, x: x + F.linear(a, W, BIAS), set(), ""),
+    "gated": (lambda a, x: x + F.linear(a * torch.sigmoid(x), W), {"mul", "linear"}, ""),
+    "other by name": (lambda a, x: x + torch.matmul(a, other=W), {"matmul"}, ""),
+    "a power by name": (lambda a, x: x + F.linear(torch.pow(a, exponent=2), W), {"pow", "linear"}, ""),
+    "a power that is none": (lambda a, x: x + F.linear(torch.pow(a, exponent=-2), W), set(), "is not finite"),
+    "divided": (lambda a, x: x + F.linear(a / 3, W), {"truediv", "linear"}, ""),
+    "a divisor": (lambda a, x: x + F.linear(3 / a, W), set(), "may divide a row of zeros by zero"),
+    "a constant term": (lambda a, x: x + F.linear(a + 1, W), set(), ""),
+    "mixed": (lambda a, x: x + F.linear(a.cumsum(1), W), set(), "'cumsum' may mix tokens"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_which_rows_stay_zero(case):
-    function, zeros, projects = CASES[case]
+    function, zeros, why = CASES[case]
     found = below(function)
-    assert zero(found) == zeros and found.projects is projects
-    if not projects:
-        assert any("'cumsum' may mix tokens" in reason for reason in found.stops.values())
+    assert zero(found) == zeros and found.projects is not bool(why)
+    if why:
+        assert any(why in reason for reason in found.stops.values())
 
 
 def changed(a, x):

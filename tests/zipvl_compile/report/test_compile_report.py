@@ -89,6 +89,6 @@ def test_a_graph_that_is_differentiated_names_every_attention_of_it():
     q.meta["example_value"] = torch.zeros(1, 2, 3, 4)
     attention = graph.call_function(torch.nn.functional.scaled_dot_product_attention, (q, q, q))
     graph.output(attention)
-    with pytest.warns(UserWarning, match="gradients are needed"):
+    with pytest.warns(UserWarning, match="gradients are on"):
         (site,) = record_training(graph).sites
     assert site.reason is module.GRADIENTS and not site.rewritten

@@ -1,0 +1,149 @@
+"""What a user does with quantised weights and with layers that scale each token: compared with the eager model."""
+
+import pytest
+import torch
+from support import tiny_llava
+from torch import nn
+
+import zipvl_compile
+from zipvl_compile.pipeline import leaving_out
+
+
+class PerToken(nn.Module):
+    """A projection that divides by the size of each token, as dynamic int8 does; without an epsilon."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return nn.functional.linear((x / step).round() * step, self.weight)
+
+
+def torchao(name, **options):
+    """Quantise the decoder's linears with a configuration of torchao."""
+
+    def change(decoder):
+        quantization = pytest.importorskip("torchao.quantization")
+        options_ = {key: make(quantization) for key, make in options.items()}
+        quantization.quantize_(decoder, getattr(quantization, name)(**options_))
+
+    return change
+
+
+def quanto(weights):
+    def change(decoder):
+        library = pytest.importorskip("optimum.quanto")
+        library.quantize(decoder, weights=getattr(library, weights))
+        library.freeze(decoder)
+
+    return change
+
+
+def per_token(decoder):
+    for layer in decoder.layers:
+        layer.self_attn.o_proj = PerToken(layer.self_attn.o_proj)
+
+
+DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
+GROUPS = {"weight_dtype": lambda q: torch.int4, "granularity": lambda q: q.PerGroup(32)}
+LAYERS = {
+    "int8 weights": torchao("Int8WeightOnlyConfig"),
+    "int4 weights": torchao("IntxWeightOnlyConfig", **GROUPS),
+    "int8 dynamic": torchao(DYNAMIC),
+    "int8 dynamic, asymmetric": torchao(DYNAMIC, act_mapping_type=lambda q: q.MappingType.ASYMMETRIC),
+    "int8 dynamic, one scale": torchao(DYNAMIC, granularity=lambda q: [q.PerTensor(), q.PerRow()]),
+    "quanto int8": quanto("qint8"),
+    "quanto int4": quanto("qint4"),
+    "per token": per_token,
+}
+# Their attention output is zero for tokens that are not kept; that of the others is dense, over a compacted cache.
+TAKE_ZEROS = {name for name in LAYERS if name not in ("int8 dynamic, one scale", "per token")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def changed(kind):
+    model = tiny_llava.model()
+    LAYERS[kind](model.model.language_model)
+    return model
+
+
+def decoder(kind):
+    """Return the decoder of the model alone, which compiles in half the time."""
+    return changed(kind).model.language_model
+
+
+def prompt(batch=1):
+    return torch.randint(6, 128, (batch, 60), generator=torch.Generator().manual_seed(0))
+
+
+def hidden(model, ids, **options):
+    """Return the last hidden states of a prompt through zipvl."""
+    torch._dynamo.reset()
+    given = {"min_tokens": 0, "inner": "eager"} | options
+    with torch.no_grad():
+        return torch.compile(model, backend="zipvl", options=given)(ids, use_cache=True).last_hidden_state
+
+
+def pruned(run, *given, **options):
+    """Return what a call says of the projections of every layer."""
+    before = len(zipvl_compile.recent_reports())
+    run(*given, **options)
+    return [str(one) for report in zipvl_compile.recent_reports()[before:] for one in report.pruned]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_with_every_token_kept_the_hidden_states_are_the_eager_ones(kind):
+    model, x = decoder(kind), prompt()
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+    for inner in ("eager", "aot_eager"):
+        torch.testing.assert_close(hidden(model, x, tau=1.0, inner=inner), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "options"), [(1, {"tau": 0.8}), (2, {"keep_ratio": 0.4})], ids=["tau", "ratio"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_pruning_changes_no_number(kind, batch, options):
+    model, x = decoder(kind), prompt(batch)
+    with leaving_out("prune_projections", "demand_rows"):
+        whole = hidden(model, x, **options)
+    assert whole.isfinite().all()
+    torch.testing.assert_close(hidden(model, x, **options), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_where_the_attention_stays_dense(kind):
+    model, x = decoder(kind), prompt()
+    said = pruned(hidden, model, x, tau=0.8)
+    assert said and all(("the attention is dense" in line) is (kind not in TAKE_ZEROS) for line in said), said
+
+
+@pytest.mark.parametrize("kind", ["int8 dynamic", "per token"])
+def test_greedy_answers_with_every_token_kept(kind):
+    model, x = changed(kind), tiny_llava.inputs(batch=2, pad=5) if kind != "per token" else tiny_llava.inputs(batch=2)
+    expected = model.generate(**x, max_new_tokens=6, do_sample=False)
+    model.compile(backend="zipvl", options={"min_tokens": 0, "inner": "eager", "tau": 1.0})
+    assert model.generate(**x, max_new_tokens=6, do_sample=False).tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", [1.0, 0.8])
+def test_dynamic_int8_under_inductor(tau):
+    """Inductor rounds otherwise than eager code, and so does int8 after it: plain Inductor is the measure at tau=1."""
+    model, x = decoder("int8 dynamic"), prompt()
+    found = hidden(model, x, tau=tau, inner="inductor")
+    torch._dynamo.reset()
+    if tau == 1.0:
+        with torch.no_grad():
+            expected = torch.compile(model)(x, use_cache=True).last_hidden_state
+    else:
+        with leaving_out("prune_projections", "demand_rows"):
+            expected = hidden(model, x, tau=tau, inner="inductor")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

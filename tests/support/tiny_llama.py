@@ -1,0 +1,32 @@
+"""A tiny random Llama: 2 layers, GQA 2. Its forward hides the module from the traced frame behind decorators."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 128
+
+
+def model(**changes) -> LlamaForCausalLM:
+    """Return the eager model in eval mode; every call gives the same weights."""
+    usual = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**usual | changes)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        built = LlamaForCausalLM(config).eval()
+        # Wider than Hugging Face's initialisation, so that attention is not uniform and tokens differ.
+        for weight in built.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.15)
+    built.generation_config.eos_token_id = None  # generate to the full length
+    return built
+
+
+def prompt(n: int = 40, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Return token ids `[batch, n]`."""
+    return torch.randint(6, VOCAB, (batch, n), generator=torch.Generator().manual_seed(seed))
