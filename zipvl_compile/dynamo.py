@@ -169,6 +169,11 @@ def raise_recompile_limit(least: int) -> None:
     torch._dynamo.register_hook_for_recompile_user_context(describe)
 
 
+def raise_recompile_limit_of_all(least: int) -> None:
+    """Let every call of this process, zipvl's or not, compile each code object `least` times: to compare them fairly."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, least)
+
+
 def apart() -> dict[str, Any]:
     """Return arguments of `torch.compile` that keep its compiled code apart from that of other calls (PyTorch 2.13)."""
     known = inspect.signature(torch.compile).parameters

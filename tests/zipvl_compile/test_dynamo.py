@@ -200,3 +200,10 @@ def test_loggers_are_loggers_of_torch():
     import logging
 
     assert all(name in logging.root.manager.loggerDict for name in dynamo.TRACING_LOGGERS)
+
+
+@pytest.mark.parametrize(("limit", "raised"), [(8, 64), (100, 100)])
+def test_the_limit_of_all_calls_is_raised_and_never_lowered(monkeypatch, limit, raised):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    dynamo.raise_recompile_limit_of_all(64)
+    assert torch._dynamo.config.recompile_limit == raised

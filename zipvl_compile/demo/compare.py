@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.cache.kept_tokens import kept_tokens
-from zipvl_compile.dynamo import raise_recompile_limit
+from zipvl_compile.dynamo import raise_recompile_limit_of_all
 from zipvl_compile.passes.match.outcome import SiteOutcome
 from zipvl_compile.report.compile_report import CompileReport
 from zipvl_compile.report.explain import OwnOptions
@@ -118,7 +118,7 @@ def compiled_copy(
         inner: the compiler: "inductor", "aot_eager" or "eager".
         dynamic: of `torch.compile`.
     """
-    raise_recompile_limit(RECOMPILE_LIMIT)
+    raise_recompile_limit_of_all(RECOMPILE_LIMIT)
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, weights)
     if options is None:
