@@ -170,7 +170,7 @@ def raise_recompile_limit(least: int) -> None:
 
 
 def raise_recompile_limit_of_all(least: int) -> None:
-    """Let every call of this process, zipvl's or not, compile each code object `least` times: to compare them fairly."""
+    """Let every call of this process, zipvl's or not, compile each code object `least` times: for fair comparisons."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, least)
 
 

@@ -203,7 +203,7 @@ def test_loggers_are_loggers_of_torch():
 
 
 @pytest.mark.parametrize(("limit", "raised"), [(8, 64), (100, 100)])
-def test_the_limit_of_all_calls_is_raised_and_never_lowered(monkeypatch, limit, raised):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
-    dynamo.raise_recompile_limit_of_all(64)
-    assert torch._dynamo.config.recompile_limit == raised
+def test_the_limit_of_all_calls_is_raised_and_never_lowered(limit, raised):
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        dynamo.raise_recompile_limit_of_all(64)
+        assert torch._dynamo.config.recompile_limit == raised
