@@ -39,3 +39,10 @@ def picture(tmp_path):
     path = tmp_path / "in.png"
     Image.effect_noise((48, 48), 60).save(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def limit_of_pytorch():
+    """The demo raises the recompile limit of its process, which is not that of other tests."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield

@@ -77,12 +77,6 @@ def test_a_model_without_a_cache_is_named():
         answer(f, PROCESSOR, inputs(text=6), 2)
 
 
-@pytest.fixture(autouse=True)
-def limit_of_pytorch():
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield
-
-
 @pytest.mark.parametrize("first", ["dense", "zipvl"])
 def test_copies_share_their_weights_and_are_compiled_alike_in_either_order(first):
     torch._dynamo.reset()
