@@ -14,6 +14,9 @@ from zipvl_compile.passes.graph.graph import current, erase_orphans, erase_unrea
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.reading import example
 
+#: Queries at once that are a part of a prompt, and not draft tokens to verify.
+LATER_PART = 128
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -72,6 +75,14 @@ class Attention:
     def reads_whole_prompt(self) -> bool:
         """Return whether there are as many queries as keys."""
         return statically_known_true(example(self.query).shape[2] == example(self.key).shape[2])
+
+    @property
+    def is_later_part(self) -> bool:
+        """Return whether so many queries come at once that they are a part of a prompt, not tokens to verify.
+
+        For an attention that reads a cache. Where their number is a symbol, this becomes a guard.
+        """
+        return bool(example(self.query).shape[2] >= LATER_PART)
 
     def in_its_dtype(self, x: Node) -> Node:
         """Return an input in the dtype that the attention computes in, which under autocast is not its own."""

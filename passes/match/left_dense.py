@@ -22,7 +22,7 @@ from zipvl_compile.passes.match.attention_site import Attention, module_path
 from zipvl_compile.passes.match.cross_attention import is_cross_attention
 from zipvl_compile.passes.match.near_miss import NearMiss
 from zipvl_compile.passes.match.outcome import Kind, SiteOutcome
-from zipvl_compile.passes.match.reasons import CROSS_ATTENTION, Reason, Why, fault
+from zipvl_compile.passes.match.reasons import CROSS_ATTENTION, LATER_PART, Reason, Why, fault
 from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
 
 NO_CACHE = Reason(Why.NO_CACHE, "no KV cache: the call has use_cache=False, or needs gradients")
@@ -94,7 +94,9 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     if _is_written(key):  # as many keys as there is room, whatever the prompt has
         return "decode" if statically_known_true(_queries(attention) == 1) else "prefill", STATIC_CACHE
     if _grows(key):
-        return cached, FULL_CACHE if _extends_input(key) else FOREIGN_CACHE
+        if not _extends_input(key):
+            return cached, FOREIGN_CACHE
+        return cached, LATER_PART if attention.is_later_part else FULL_CACHE
     mask = attention.mask
     form = mask_form.MaskForm(()) if mask is None else mask_form.read(mask, attention.mask_hides)
     is_causal = attention.is_causal or form.is_causal

@@ -24,6 +24,7 @@ class SiteOutcome:
         reason: why it stays dense; None where it was rewritten.
         mask: what the mask of a prefill computes, such as "causal + padding"; empty where nobody asked.
         shape: what the cost of a prefill depends on; None where nobody asked.
+        note: what was not done to it, though it was rewritten.
     """
 
     layer: str
@@ -31,6 +32,7 @@ class SiteOutcome:
     reason: Reason | None = None
     mask: str = field(default="", compare=False)
     shape: AttentionShape | None = field(default=None, compare=False)
+    note: Reason | None = None
 
     @property
     def rewritten(self) -> bool:

@@ -74,6 +74,13 @@ CROSS_ATTENTION = Reason(Why.CROSS_ATTENTION, "cross-attention: queries and keys
 MISALIGNED_CAUSAL = Reason(Why.MISALIGNED_CAUSAL, "is_causal aligns queries with the first keys, not with the last")
 
 
+LATER_PART = Reason(
+    Why.PART_OF_PROMPT,
+    "a later part of a prompt, over a cache that holds the earlier one: its queries attend to every cached token, and "
+    "none of its tokens is dropped; only a prompt in one piece, with an empty cache, is made sparse and compacted",
+)
+
+
 def fault(error: Exception) -> Reason:
     """Return the reason for an error of ours, which must not break the user's compile."""
     text = " ".join(str(error).split())[:200]

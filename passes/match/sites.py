@@ -37,6 +37,7 @@ class Site:
         node: what gives the attention's output now.
         rewritten: whether a pass made it sparse, or read a compacted cache.
         reason: why it stays dense, once that is known.
+        note: what was not done to it, though it was rewritten.
         needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
@@ -49,6 +50,7 @@ class Site:
     rewritten: bool = False
     reason: Reason | None = None
     needs_true_rows: str = ""
+    note: Reason | None = None
     mask: MaskForm | None = None
     shape: AttentionShape | None = None
 
@@ -59,7 +61,7 @@ class Site:
     def outcome(self) -> SiteOutcome:
         """Return what the report says of it."""
         mask = "" if self.mask is None else str(self.mask)
-        return SiteOutcome(self.name, self.kind, self.reason, mask, self.shape)
+        return SiteOutcome(self.name, self.kind, self.reason, mask, self.shape, self.note)
 
 
 @dataclass

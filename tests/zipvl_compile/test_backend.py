@@ -20,9 +20,7 @@ from zipvl_compile.passes.graph.graph import calls
 from zipvl_compile.report.compile_report import collect
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

@@ -6,25 +6,12 @@ import functools
 
 import pytest
 import torch
+from support.graph_modules import Small
 from torch import nn
 
 from zipvl_compile import backend, dynamo
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.linear(x)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def callback(**given):

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from support.graph_modules import Small
 
 from zipvl_compile import gradients
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
+class Told(Small):
+    """Adds one where it is told so."""
 
     def forward(self, x):
-        return self.linear(x) + (1 if gradients.tracing_for_zipvl() else 0)
+        return super().forward(x) + (1 if gradients.tracing_for_zipvl() else 0)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +29,7 @@ class Small(nn.Module):
     ],
 )
 def test_a_traced_frame_is_told_whether_it_is_for_zipvl_and_for_inference(backend, on, training, told):
-    model = Small().train(training)
+    model = Told().train(training)
     x, options = torch.ones(1, 3), {"options": {"inner": "eager"}} if backend == "zipvl" else {}
     with torch.set_grad_enabled(on):
         compiled = torch.compile(model, backend=backend, **options)(x)

@@ -60,11 +60,15 @@ class CompileReport:
 
     def __str__(self) -> str:
         lines = [f"zipvl: {len(self.rewritten)} attention sites rewritten, {len(self.dense)} dense"]
-        lines += [f"  {site.layer} {site.kind}: {site.reason or 'rewritten'}" for site in self.sites]
+        lines += [f"  {site.layer} {site.kind}: {site.reason or 'rewritten'}{_said(site)}" for site in self.sites]
         lines += [f"  {pruning}" for pruning in self.pruned] + [f"  {demand}" for demand in self.demands]
         lines += [f"  {self.demanded}"] if self.demanded else []
         lines += [f"  pass {name} failed: {error}" for name, error in self.faults.items()]
         return "\n".join(lines)
+
+
+def _said(site: SiteOutcome) -> str:
+    return "" if site.note is None else f" ({site.note})"
 
 
 def record(done: Rewritten) -> CompileReport:
@@ -88,15 +92,20 @@ def _keep(report: CompileReport) -> CompileReport:
     log.info("%s", report)
     log.debug("zipvl: seconds by pass: %s", report.seconds)
     for site in report.dense:
-        text = str(site.reason)
-        if not site.by_design and text not in _warned:
-            _warned.add(text)
-            warnings.warn(f"zipvl leaves {site.layer} dense ({site.kind}): {text}", UserWarning, stacklevel=2)
+        if not site.by_design:
+            _warn_once(str(site.reason), f"zipvl leaves {site.layer} dense ({site.kind}): {site.reason}")
+    for note in {site.note: None for site in report.sites if site.note is not None}:
+        _warn_once(str(note), f"zipvl: {note}.")
     line = left_dense(site.reason for site in report.sites)
-    if line is not None and line not in _warned:
-        _warned.add(line)
-        warnings.warn(f"zipvl: {line}", UserWarning, stacklevel=2)
+    if line is not None:
+        _warn_once(line, f"zipvl: {line}")
     return report
+
+
+def _warn_once(fact: str, text: str) -> None:
+    if fact not in _warned:
+        _warned.add(fact)
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def left_dense(reasons: Iterable[Reason | None]) -> str | None:

@@ -6,6 +6,7 @@ print(zipvl_compile.explain(model, **processor(images=image, text=prompt, return
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
 import logging
@@ -41,7 +42,8 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     Args:
         model: a Hugging Face LVLM, compiled or not.
         options: of the backend, see `ZipVLOptions`; "inner" is "eager" unless given, which compiles in seconds.
-        inputs: one prompt, as for `model.forward`: `input_ids [B, n]`, `attention_mask [B, n]`, pixel values, ...
+        inputs: one prompt, as for `model.forward`: `input_ids [B, n]`, `attention_mask [B, n]`, pixel values, ...; with
+            a cache of an earlier part, the next part of it. The cache is copied.
 
     Returns:
         An `Explanation` with one row per attention site.
@@ -59,6 +61,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
         options["inner"] = "eager"
         options.pop("mode", None)  # Inductor's
     _check_inputs(model, inputs)
+    inputs = {name: copy.deepcopy(given) if name in CACHE_NAMES else given for name, given in inputs.items()}
     with _undisturbed(model), report.collect() as reports, torch.no_grad():
         compiled = torch.compile(model.forward, backend="zipvl", **_separate(options))
         outputs = compiled(**{**_as_generate_asks(model), **inputs, "use_cache": True})
@@ -119,8 +122,9 @@ def _check_inputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
             'Pass **processor(images=image, text=prompt, return_tensors="pt").'
         )
     for name in CACHE_NAMES:
-        if inputs.get(name) is not None:
-            raise ValueError(f"{name}: expected a prompt without a cache, got one. Leave it out.")
+        cache = inputs.get(name)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"{name}: expected a transformers Cache, got {type(cache).__name__}. Leave it out.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a decoder-only LVLM, got the encoder-decoder {type(model).__name__}. "
@@ -215,7 +219,9 @@ def _with_kept_tokens(
     if not counts and len(prefill) == len(kept):
         counts = dict(zip(prefill, kept.values(), strict=True))
     return [
-        ExplainedSite(site.layer, site.kind, site.reason, counts.get(i), prompt_length, shape=site.shape)
+        ExplainedSite(
+            site.layer, site.kind, site.reason, counts.get(i), prompt_length, shape=site.shape, note=site.note
+        )
         for i, site in enumerate(sites)
     ]
 

@@ -23,6 +23,7 @@ class ExplainedSite:
         prompt_length: of the prompt (tokens).
         pruned: projections that are computed only for the tokens that need them, such as "q, v, output".
         shape: what the cost of a prefill attention depends on.
+        note: what was not done to it, though it was rewritten.
     """
 
     layer: str
@@ -32,6 +33,7 @@ class ExplainedSite:
     prompt_length: int = 0
     pruned: str = ""
     shape: AttentionShape | None = None
+    note: Reason | None = None
 
     @property
     def outcome(self) -> str:
@@ -57,7 +59,8 @@ class ExplainedSite:
         """Return the kept tokens and the pruned projections, or why the attention stays dense."""
         if self.reason is not None:
             return str(self.reason)
-        return ", ".join(filter(None, [self.kept_text, self.pruned and f"pruned {self.pruned}"]))
+        said = "" if self.note is None else str(self.note)
+        return ", ".join(filter(None, [self.kept_text, self.pruned and f"pruned {self.pruned}", said]))
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class Explanation:
         for header in ("layer", "graph", "attention"):
             table.add_column(header, overflow="fold")
         for name, row in zip(_short_names([row.layer for row in self.rows]), self.rows, strict=True):
-            kept = f", kept {row.detail}" if row.kept_text else ""
-            detail = f"dense: {row.reason}" if row.reason else f"rewritten{kept}"
+            kept = "kept " if row.kept_text else ""
+            detail = f"dense: {row.reason}" if row.reason else ", ".join(filter(None, ["rewritten", kept + row.detail]))
             table.add_row(name, row.kind, detail, style="yellow" if row.reason and not row.by_design else None)
         return table
 

@@ -165,7 +165,7 @@ def test_warnings_become_rows_and_are_not_used_up(model, inputs):
     ("change", "message"),
     [
         ({"pixel_vals": torch.zeros(1)}, "'pixel_vals'.*Did you mean 'pixel_values'"),
-        ({CACHE_NAME: object()}, f"{CACHE_NAME}: expected a prompt without a cache"),
+        ({CACHE_NAME: object()}, f"{CACHE_NAME}: expected a transformers Cache, got object"),
         ({"input_ids": None}, "expected a prompt as input_ids"),
         ({"options": {"tua": 1.0}}, "'tua'.*Did you mean 'tau'"),
         ({"options": {"tau": 2.0}}, "'tau': expected a fraction"),
