@@ -19,7 +19,6 @@ from zipvl_compile.passes import unmask_dense
 from zipvl_compile.passes.graph.graph import calls
 from zipvl_compile.report.compile_report import collect
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
