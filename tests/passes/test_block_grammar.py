@@ -174,11 +174,15 @@ class Block(nn.Module):
 
 
 class EveryWay:
-    """A backend that traces once, and runs the graph with every token kept, without pruning, and pruned."""
+    """A backend that traces once, and runs the graph with every token kept, without pruning, and pruned.
 
-    def __init__(self, tau):
-        dense = without(*LATER, "demand_rows", "prune_projections")
-        self.ways = {"dense": (1.0, without(*LATER)), "whole": (tau, dense), "pruned": (tau, without(*LATER))}
+    The block gives all its rows. With `read` they count as read, so that every query attends; else most rows are zero.
+    """
+
+    def __init__(self, tau, read):
+        later = LATER if read else (*LATER, "read_demands")
+        whole = without(*later, "demand_rows", "prune_projections")
+        self.ways = {"dense": (1.0, without(*later)), "whole": (tau, whole), "pruned": (tau, without(*later))}
         self.outputs, self.sites = {}, {}
 
     def __call__(self, gm, inputs):
@@ -205,9 +209,9 @@ class EveryWay:
 )  # fmt: skip
 @given(
     drawn=BLOCKS, batch=st.integers(1, 2), n=st.integers(6, 16), masked=st.booleans(), dynamic=st.booleans(),
-    tau=st.sampled_from([0.5, 0.8]),
+    tau=st.sampled_from([0.5, 0.8]), read=st.sampled_from([False, False, True]),
 )  # fmt: skip
-def test_drawn_block(drawn, batch, n, masked, dynamic, tau):
+def test_drawn_block(drawn, batch, n, masked, dynamic, tau, read):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         module = Block(drawn).double().eval()
@@ -217,7 +221,7 @@ def test_drawn_block(drawn, batch, n, masked, dynamic, tau):
     assume(bool(eager.isfinite().all()))
 
     torch._dynamo.reset()
-    ways = EveryWay(tau)
+    ways = EveryWay(tau, read)
     torch.compile(module, backend=ways, dynamic=dynamic, fullgraph=True)(x.clone(), mask)
     # bfloat16 and float32 inside round numbers that differ in the last bit of float64 to other ones.
     coarse = drawn["attended"] == "autocast" or "32" in drawn["norm"] + drawn["attended"] + drawn["projected"]

@@ -85,10 +85,10 @@ def prompt(batch=1):
 
 
 def hidden(model, ids, **options):
-    """Return the last hidden states of a prompt through zipvl."""
+    """Return the last hidden states through zipvl as if the newest row alone were read, so that others may be zero."""
     torch._dynamo.reset()
     given = {"min_tokens": 0, "inner": "eager"} | options
-    with torch.no_grad():
+    with torch.no_grad(), leaving_out("read_demands"):
         return torch.compile(model, backend="zipvl", options=given)(ids, use_cache=True).last_hidden_state
 
 
@@ -147,3 +147,19 @@ def test_dynamic_int8_under_inductor(tau):
         with leaving_out("prune_projections", "demand_rows"):
             expected = hidden(model, x, tau=tau, inner="inductor")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_that_are_read_are_kept_where_the_attention_stays_dense():
+    """Two rules meet: true rows for what scales each token, and kept tokens for the rows whose logits are read."""
+    torch._dynamo.reset()
+    x, answers = tiny_llava.inputs(text=30), 12
+    f = tiny_llava.model()
+    per_token(f.model.language_model)
+    expected = f(**x, logits_to_keep=answers).logits
+    f.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0, "keep_ratio": 0.3})
+    out = f(**x, logits_to_keep=answers)
+    torch.testing.assert_close(out.logits, expected, atol=2e-5, rtol=1e-4)
+    n = x["input_ids"].shape[1]
+    for kept in zipvl_compile.kept_tokens(out):
+        assert kept.shape[2] < n and torch.equal(kept[0, 0, -answers:], torch.arange(n - answers, n))
