@@ -24,6 +24,7 @@ from support.hidden_states import (
 from zipvl_compile.passes import prune_projections
 from zipvl_compile.passes.graph.reading import example, is_op
 from zipvl_compile.passes.tokenwise import backward_slice
+from zipvl_compile.passes.tokenwise.row_select import Shared
 
 ALL = ("q", "v", "output")
 
@@ -221,6 +222,17 @@ def test_an_operation_that_does_not_take_some_tokens_is_computed_for_all(record,
     graph, recorder = both(record, layer(), hidden_states(), **RATIO)
     why = "'linear' cannot be computed for some tokens (TypeError: an unbacked size meets a tensor subclass)"
     assert reasons(recorder) == dict.fromkeys(ALL, why)
+    assert widths(graph)["q"] == widths(graph)["o"] == [N]
+
+
+def test_whatever_fake_values_raise_is_a_reason(record, monkeypatch):
+    def fail(rows, x, axes, before):
+        raise NotImplementedError("no rows of this one")
+
+    monkeypatch.setattr(Shared, "_take", fail)
+    graph, recorder = both(record, layer(), hidden_states(), **RATIO)
+    assert set(reasons(recorder)) == set(ALL)
+    assert all("NotImplementedError: no rows of this one" in reason for reason in reasons(recorder).values())
     assert widths(graph)["q"] == widths(graph)["o"] == [N]
 
 
