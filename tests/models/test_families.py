@@ -121,6 +121,12 @@ def test_there_are_at_least_forty_five_families():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compile_finds_the_module_that_generates(family):
+    """What hands over to it may be among them: it can generate, too, and compiling it costs nothing."""
+    if family == "diffusion_gemma":  # a loop of its own
+        with pytest.raises(ValueError, match=r"path: expected where DiffusionGemma\w+\.generate calls a model"):
+            generating_modules(model(family))
+        return
     # UDOP generates itself, but its encoder cannot be traced by any backend: its tests compile the decoder.
     expected = "" if family == "udop" else FAMILIES[family].inner
-    assert generating_modules(model(family)) == [expected]
+    found = generating_modules(model(family))
+    assert expected in found and set(found) <= {"", expected}

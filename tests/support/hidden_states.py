@@ -136,7 +136,9 @@ def without_spare(outputs, n):
 
 def both(record, module, x, *others, **options):
     """Return the graph with pruning and what it pruned, after a check that the outputs are those without."""
-    plain, _ = record(module, x, *others, rows=without(*LATER, "demand_rows", "prune_projections"), **options)
+    unread = () if options.get("read") else ("read_demands",)
+    rows = without(*LATER, *unread, "demand_rows", "prune_projections")
+    plain, _ = record(module, x, *others, rows=rows, **options)
     torch._dynamo.reset()
     pruned, recorder = record(module, x, *others, prune=True, **options)
     n = x.shape[1]

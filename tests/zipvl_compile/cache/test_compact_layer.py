@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.tiny_llava import inputs, model, prefill, prompt_cache, shared, step
+from support.tiny_llava import compiled, inputs, model, prefill, prompt_cache, shared, step
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -151,6 +151,7 @@ def test_tensors_that_do_not_continue_a_compacted_cache_are_refused_and_it_is_un
 
 
 def test_a_dense_inductor_like_backend_is_untouched_by_the_registered_layer():
+    torch._dynamo.reset()  # of the code that all models share, PyTorch has reached its limit
     x = inputs(text=20)
     f = model()
     f.compile(backend="eager")
@@ -161,8 +162,9 @@ def test_a_dense_inductor_like_backend_is_untouched_by_the_registered_layer():
 
 
 def test_a_cache_without_config_stays_dense_right_and_reported():
+    torch._dynamo.reset()  # of the code that all models share, PyTorch has reached its limit
     x = inputs(text=20)
-    f = shared(tau=0.5)
+    f = compiled(tau=0.5)
     with collect() as reports, torch.no_grad():
         out = f(**x, **as_argument(DynamicCache()), use_cache=True)
     torch.testing.assert_close(out.logits, prefill(model(), x).logits)
