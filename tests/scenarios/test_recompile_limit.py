@@ -10,6 +10,7 @@ import torch
 from support import tiny_llama
 
 import zipvl_compile.backend as module
+from zipvl_compile.cache import eager_fallback
 from zipvl_compile.cache.hf_names import cache_of
 
 OPTIONS = {"min_tokens": 0, "inner": "eager"}
@@ -116,3 +117,14 @@ def test_past_the_limit_code_of_an_equal_call_is_used():
         warnings.simplefilter("error")
         out = f(x)
     assert kept(out) == kept(expected) < x.shape[1] and torch.equal(out.logits, expected.logits)
+
+
+def test_past_the_limit_a_prompt_that_runs_uncompiled_is_said_once():
+    eager_fallback.warn_of_uncompiled_prompt.cache_clear()
+    model, x = tiny_llama.model(), tiny_llama.prompt()
+    expected = model(input_ids=x)
+    with pytest.warns(UserWarning, match=r"read uncompiled.*recompile limit.*zipvl_compile\.compile") as said:
+        f = past_the_limit(model, "zipvl", tau=0.6)
+        out = f(x)
+    assert sum("read uncompiled" in str(one.message) for one in said) == 1
+    assert kept(out) == x.shape[1] and torch.equal(out.logits, expected.logits)
