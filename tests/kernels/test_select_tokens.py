@@ -10,12 +10,22 @@ from hypothesis import strategies as st
 from support.compare_kernels import KERNELS
 from support.implementations import gpu_only, triton_only
 
-from zipvl_compile.kernels import select_tokens as module
-from zipvl_compile.kernels.select_tokens import kept_count, select_tokens
+from zipvl_compile.kernels import select_tokens_triton as module
+from zipvl_compile.kernels.budget import Budget
+from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.token_scores import token_scores
 
 TAUS = [0.5, 0.9, 0.975, 1.0]
 RULES = ({"tau": 0.5, "keep_recent": 5}, {"tau": 0.975}, {"keep_ratio": 0.3}, {"keep_ratio": 1e-6, "keep_recent": 3})
+BUDGETS = {
+    "tokens": {"keep_tokens": 7},
+    "more tokens than there are": {"keep_tokens": 700},
+    "floor under tau": {"tau": 0.5, "floor": 0.4},
+    "floor below tau": {"tau": 0.9, "floor": 0.01},
+    "floor under a ratio": {"keep_ratio": 0.2, "floor": 0.3},
+    "first": {"tau": 0.5, "keep_first": 4},
+    "first and newest": {"keep_tokens": 3, "keep_first": 2, "keep_recent": 6},
+}
 
 
 def scores(*rows, visible=None):
@@ -76,6 +86,31 @@ def test_keep_ratio(paper, cases, n, ratio, keep_recent):
     accumulated, visible = token_scores(q, k, recent_probes=8, random_probes=8)
     kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
     assert (kept[..., -1] == n - 1).all()
+
+
+@pytest.mark.parametrize("ranked", [False, True], ids=["paper", "ranking"])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("n", [1, 20, 129])
+def test_budgets(paper, implementation, n, budget, ranked):
+    accumulated, visible = drawn(n, batch=3, seed=n)
+    options = BUDGETS[budget]
+    if ranked:
+        ranking, _ = drawn(n, batch=3, seed=n + 1)
+        options = options | {"ranking": (ranking * (visible > 0).unsqueeze(1)).to(implementation.finest)}
+    got = select(implementation, accumulated, visible, **options)
+    asked = options | ({"ranking": paper.array(options["ranking"])} if ranked else {})
+    accumulated, visible = (paper.array(x.to(implementation.finest)) for x in (accumulated, visible))
+    assert np.array_equal(got.numpy(), paper.selection(accumulated, visible, **asked))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("compiled", [{"tau": 0.975}, {"keep_ratio": 0.5}, {"keep_tokens": 2}], ids=str)
+def test_a_budget_tensor_stands_for_the_numbers(budget, compiled):
+    accumulated, visible = drawn(90, batch=2)
+    numbers = {name: x for name, x in BUDGETS[budget].items() if name in ("tau", "keep_ratio", "keep_tokens", "floor")}
+    others = {name: x for name, x in BUDGETS[budget].items() if name not in numbers}
+    found = select_tokens(accumulated, visible, **compiled, **others, budget=Budget(**numbers).as_tensor())
+    assert torch.equal(found, select_tokens(accumulated, visible, **BUDGETS[budget]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -319,10 +354,10 @@ def test_another_sample_changes_only_p(row, tau):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(n=st.integers(0, 10_000), percent=st.integers(1, 100), recent=st.integers(1, 9))
-def test_kept_count_is_the_exact_ceiling_within_its_limits(n, percent, recent):
+@given(n=st.integers(0, 10_000), percent=st.integers(1, 100))
+def test_a_fixed_ratio_is_the_exact_ceiling(n, percent):
     exact = math.ceil(n * percent / 100 - 1e-9)
-    assert kept_count(n, percent / 100, recent) == min(max(exact, 1) + recent - 1, n)
+    assert Budget(keep_ratio=percent / 100).least(n) == max(exact, 1)
 
 
 BAD = {
@@ -331,6 +366,10 @@ BAD = {
     "tau-nan": ({"tau": float("nan")}, "tau: expected a fraction in (0, 1], got nan"),
     "keep_ratio-0": ({"keep_ratio": 0.0}, "keep_ratio: expected a fraction in (0, 1], got 0.0"),
     "keep_ratio-negative": ({"keep_ratio": -0.5}, "keep_ratio: expected a fraction in (0, 1], got -0.5"),
+    "keep_tokens": ({"keep_tokens": 0}, "keep_tokens: expected at least 1 token, got 0"),
+    "floor": ({"floor": 1.5}, "floor: expected a fraction in [0, 1], got 1.5"),
+    "keep_first": ({"keep_first": -1}, "keep_first: expected at least 0 tokens, got -1"),
+    "ranking": ({"ranking": torch.ones(2, 1, 5)}, "ranking: expected scores [2, 1, 6], got [2, 1, 5]"),
     "keep_recent": ({"keep_recent": 0}, "keep_recent: expected at least 1 token, got 0"),
     "protected-rank": ({"protected": torch.tensor([[1]])}, "protected: expected positions, int64 [m], got torch.int64"),
     "protected-dtype": ({"protected": torch.tensor([1.0])}, "got torch.float32 [1]"),

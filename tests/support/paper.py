@@ -87,28 +87,34 @@ def fewest(accumulated: np.ndarray, tau: float) -> int:
     return len(ordered)
 
 
-def selection(accumulated, visible, *, tau=0.975, keep_ratio=None, keep_recent=1, protected=()) -> np.ndarray:
+def selection(
+    accumulated, visible, *, tau=0.975, keep_ratio=None, keep_tokens=None, floor=0.0, keep_recent=1, keep_first=0,
+    protected=(), ranking=None,
+) -> np.ndarray:  # fmt: skip
     """Return the kept positions `[B, groups, P]`: the paper's p tokens, then the protected ones on top of them.
 
-    The paper's p tokens are the newest visible one and the best others by normalised score. A protected token that is
-    among them already leaves its place on top to the next best token.
+    The paper's p tokens are the newest visible one and the best others by normalised score, or by `ranking`. A protected
+    token that is among them already leaves its place on top to the next best token.
     """
     batch, groups, n = accumulated.shape
-    if keep_ratio is not None:
+    if keep_tokens is not None:
+        p = keep_tokens
+    elif keep_ratio is not None:
         p = math.ceil(round(keep_ratio * n, 9))
     else:
         p = n if tau == 1 else max(fewest(accumulated[b, g], tau) for b in range(batch) for g in range(groups))
-    p = min(max(p, 1), n)
-    size = min(p + keep_recent - 1 + len(protected), n)
+    p = min(max(p, math.ceil(round(floor * n, 9)), 1), n)
+    size = min(p + keep_recent - 1 + keep_first + len(protected), n)
     kept = np.zeros((batch, groups, size), dtype=np.int64)
     for b in range(batch):
         shown = [j for j in range(n) if visible[b, j] > 0]
         for g in range(groups):
             normalised = [accumulated[b, g, j] / visible[b, j] if visible[b, j] else 0.0 for j in range(n)]
-            best_first = sorted(range(n), key=lambda j: (-normalised[j], j))
+            rank = normalised if ranking is None else ranking[b, g]
+            best_first = sorted(range(n), key=lambda j: (-rank[j], j))
             chosen = shown[-1:]
             chosen += [j for j in best_first if j not in chosen][: p - len(chosen)]
-            always = [*shown[-keep_recent:], *dict.fromkeys(int(j) % n for j in protected)]
+            always = [*shown[-keep_recent:], *shown[:keep_first], *dict.fromkeys(int(j) % n for j in protected)]
             chosen += [j for j in dict.fromkeys(always) if j not in chosen]
             chosen += [j for j in best_first if j not in chosen][: size - len(chosen)]
             kept[b, g] = sorted(chosen)
