@@ -25,8 +25,8 @@ VARIANTS = {
     "tau 0.975": {"tau": 0.975},
     "tau 0.9": {"tau": 0.9},
     "tau 0.8": {"tau": 0.8},
-    "tau 0.9, queries all": {"tau": 0.9, "queries": "all"},
-    "tau 0.8, queries all": {"tau": 0.8, "queries": "all"},
+    "tau 0.9, queries all": {"tau": 0.9, "unselected": "all"},
+    "tau 0.8, queries all": {"tau": 0.8, "unselected": "all"},
     "keep_ratio 0.5": {"keep_ratio": 0.5},
 }
 

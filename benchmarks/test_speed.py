@@ -41,7 +41,7 @@ BACKENDS = {
     "unpruned": {"backend": "zipvl", "options": UNPRUNED},  # nothing but the attention itself is smaller
     "unpruned projections": {"backend": "zipvl", "options": UNPRUNED | {"seed": 0}},
     "zipvl": {"backend": "zipvl", "options": OPTIONS},
-    "queries all": {"backend": "zipvl", "options": OPTIONS | {"queries": "all"}},
+    "queries all": {"backend": "zipvl", "options": OPTIONS | {"unselected": "all"}},
     "check": {"backend": "zipvl", "options": OPTIONS | {"inner": "eager"}},
     "full cache": {"backend": "zipvl", "options": {"tau": 1.0, "min_tokens": 0}},
 }

@@ -10,6 +10,7 @@ OPERATORS = (
     "append_tokens",
     "decode_attention",
     "gather_tokens",
+    "held_rows",
     "hiding_rows",
     "kv_view",
     "probe_rows",

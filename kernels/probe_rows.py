@@ -1,6 +1,6 @@
 """The probe rows: whose attention is measured in the place of everyone's.
 
-R is the `recent_probes` newest rows and `random_probes` rows drawn, seeded, from the others.
+R is the `recent_probes` newest rows and `random_probes` rows drawn, seeded or at equal distances, from the others.
 
 Source: ZipVL (arXiv 2410.08584), probe tokens.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 
 import torch
+
+STRIDED = -1  # as a seed: rows at equal distances
 
 
 @functools.lru_cache(maxsize=512)
@@ -22,9 +24,12 @@ def cached_probe_rows(n: int, recent_probes: int, random_probes: int, seed: int,
         return cached_probe_rows(n, recent_probes, random_probes, seed, torch.device("cpu")).to(device)
     if n <= recent_probes + random_probes:
         return torch.arange(n)
+    rest = n - recent_probes
+    if seed == STRIDED:  # the middles of equal parts
+        return torch.cat([(torch.arange(random_probes) * 2 + 1) * rest // (2 * random_probes), torch.arange(rest, n)])
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(n - recent_probes, generator=generator)[:random_probes].sort().values
-    return torch.cat([drawn, torch.arange(n - recent_probes, n)])
+    drawn = torch.randperm(rest, generator=generator)[:random_probes].sort().values
+    return torch.cat([drawn, torch.arange(rest, n)])
 
 
 def probe_rows(n: int, recent_probes: int, random_probes: int, seed: int) -> torch.Tensor:
@@ -34,9 +39,18 @@ def probe_rows(n: int, recent_probes: int, random_probes: int, seed: int) -> tor
         n: prompt length in tokens.
         recent_probes: newest rows that are always probes.
         random_probes: rows drawn without replacement from the rest.
-        seed: of the draw; equal arguments give equal rows, on every device.
+        seed: of the draw, or `STRIDED`; equal arguments give equal rows, on every device.
     """
     return cached_probe_rows(n, recent_probes, random_probes, seed, torch.device("cpu")).clone()
+
+
+def shuffled_order(positions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return numbers in [0, 2^32) that order int64 `positions` at random: equal seeds give equal orders, everywhere."""
+    x = (positions + 1) * 0x9E3779B1 + seed * 0x85EBCA77  # an integer hash, since a generator would need the length
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+    return x ^ (x >> 15)
 
 
 @torch.library.custom_op("zipvl::probe_positions", mutates_args=())

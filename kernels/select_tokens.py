@@ -1,6 +1,6 @@
 """Which tokens a layer keeps.
 
-    p_b = fewest tokens whose largest accumulated scores add up to >= tau * total_b,       p = max_b p_b     (`budget.py`)
+    p_b = fewest tokens whose largest accumulated scores add up to >= tau * total_b,       p = max_b p_b   (budget.py)
     P = min(n, p + keep_recent - 1 + keep_first + m)
     kept_b = the keep_recent newest tokens, the keep_first first ones, the m protected ones, and those that rank highest
              up to P, sorted by position

@@ -17,9 +17,7 @@ def fewest_tokens(accumulated: torch.Tensor, tau: float) -> torch.Tensor:
     return torch.where(accumulated.isfinite().all(-1), p, accumulated.shape[-1])
 
 
-def best_tokens(
-    scores: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int, normalise: bool
-) -> torch.Tensor:
+def best_tokens(scores: torch.Tensor, visible: torch.Tensor, p: int, keep_recent: int, normalise: bool) -> torch.Tensor:
     """Return the positions of the newest tokens and of the best others, p in all, ascending: int64 `[B, G, p]`.
 
     `normalise` ranks by `scores / visible`.

@@ -2,6 +2,7 @@
 
     o[b, h, T_i] = softmax(cap(scale * q[T_i] . K[T]^T) + mask[T_i, T]) V[T]      kept queries
     o[b, h, i]   = 0                                                             for i not in T   (queries="selected")
+    o[b, h, i]   = o[b, h, max {t in T : t <= i}]                                for i not in T   (queries="hold")
 
 T is ascending, so a causal mask over kept tokens is again a plain causal mask and the work is dense attention
 over p tokens. With queries="all", every query attends to the kept keys that it may see.
@@ -25,6 +26,8 @@ from zipvl_compile.kernels.common.checks import check_attention_inputs, check_ma
 from zipvl_compile.kernels.common.dispatch import launchable, use_triton
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
+from zipvl_compile.kernels.common.token_copies import take_rows
+from zipvl_compile.kernels.held_rows import held_rows
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, attend_torch, empty_output
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
@@ -192,11 +195,17 @@ def _sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
     is_causal: bool, scale: float | None, softcap: float | None, queries: str, kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    if queries not in ("selected", "all"):
-        fail("sparse_attention", "queries", '"selected" or "all"', repr(queries), 'Use "selected".')
+    if queries not in ("selected", "hold", "all"):
+        fail("sparse_attention", "queries", '"selected", "hold" or "all"', repr(queries), 'Use "selected".')
     batch, _, m, _ = q.shape
     check_positions("sparse_attention", positions, batch, k.shape[1])
     p = positions.shape[2]
+    if queries == "hold" and m != p and q.numel() > 0:
+        few = take_rows(q, positions, q.new_empty(batch, q.shape[1], p, q.shape[3]))
+        kept = torch.ops.zipvl.sparse_attention(
+            few, k, v, positions, mask, is_causal, scale, softcap, "selected", kernel_
+        )
+        return take_rows(kept, held_rows(positions, m), empty_output(q, v))
     if mask is not None and mask.shape[0] == 0:  # what hiding_rows gives for a mask that hides nothing
         mask = None
     n = m if mask is None or m != p else mask.shape[-1]  # queries of the kept tokens only may come with a full mask
@@ -258,7 +267,8 @@ def sparse_attention(
         is_causal: hide later tokens, in addition to `mask`.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
-        queries: whose attention output there is, that of the "selected" (kept) tokens or of "all".
+        queries: whose attention output there is, that of the "selected" (kept) tokens or of "all"; with "hold", a token
+            that is not kept gets the output of the kept one before it, or of the first kept one.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:

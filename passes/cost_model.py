@@ -3,7 +3,8 @@
     dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2 * mask
     sparse = site + B [ (score + multiply D) Hq m n  +  token n                      scores, selection
                         + byte (Hkv (D + Dv) + 2 Hq D + Hq Dv) p  +  byte Hq Dv n    gathers of K, V, Q; rows put back
-                        + Hq (D + Dv) (attend p^2 + edge p) / 2 * mask ]             attention among kept tokens
+                        + Hq (D + Dv) (attend p^2 + edge p) / 2 * mask               attention among kept tokens
+                        + Hq (D + Dv) (2 attend local n + edge n) / 2 ]              attention to a window
 
 with p = r n kept tokens (n p instead of p^2, and n instead of the p beside `edge`, where every query attends) and m
 probe rows; the lower-case words are seconds per unit, measured on the machine at hand. `edge` is what a blocked kernel
@@ -34,6 +35,7 @@ from zipvl_compile.passes.match.attention_site import AttentionShape
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
 every, dense_mask, sparse_mask = sympy.symbols("every dense_mask sparse_mask", nonnegative=True)  # 1 or 0
+local = sympy.symbols("local", nonnegative=True)
 attend, edge, multiply, score, token, byte, site, host, product, masked = sympy.symbols(
     "attend edge multiply score token byte site host product masked", nonnegative=True
 )
@@ -44,6 +46,7 @@ SPARSE = site + B * (
     + token * n
     + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
     + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every)) * (1 + masked * sparse_mask)
+    + Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
 )
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
@@ -80,7 +83,7 @@ class Machine:
 
 
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
-    of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask)
+    of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask, local)
     of_machine = (attend, edge, multiply, score, token, byte, site, host, product, masked)
     return dict(zip((*of_shape, *of_machine), map(float, (*astuple(shape), *astuple(machine))), strict=True))
 

@@ -183,11 +183,17 @@ def attend_last_of_all(attention: Node, before: Node) -> Node | None:
     return insert_call(before, F.scaled_dot_product_attention, (last, key, value, mask), given)
 
 
-def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node, Node]:
-    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node; return it and its attention."""
+def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node, Node] | None:
+    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node; return it and its attention.
+
+    None where it may be padding, which holds the row of another token.
+    """
     scores = SelectTokensCall.read(attention.positions).scores
-    n = size(scores.k, 2, before)
     mask = attention.mask
+    newest_is_kept = attention.queries == "all" or (mask is None and has_last_row(scores))
+    if attention.queries == "hold" and not newest_is_kept:
+        return None
+    n = size(scores.k, 2, before)
     if HidingRowsCall.matches(mask):
         mask = HidingRowsCall.read(mask).mask  # decoding reads the padding row itself
     if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
@@ -198,8 +204,8 @@ def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node
         q=last, keys=attention.k, values=attention.v, positions=attention.positions, prompt_length=n, n=n, mask=mask,
         scale=attention.scale, softcap=attention.softcap,
     ).insert(before)  # fmt: skip
-    if attention.queries == "all" or (mask is None and has_last_row(scores)):
-        return out, out  # the newest visible token is always kept
+    if newest_is_kept:
+        return out, out
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
     kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (attention.positions, at)), 2))  # [B, 1]
     kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))

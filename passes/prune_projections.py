@@ -15,11 +15,11 @@ After:
     q_p, v_p = rope(linear(h[positions], wq)), linear(h[positions], wv)                            P kept tokens
     keys, values = gather_tokens(k, positions, spare), with_room(v_p, spare)
     o_p = linear(sparse_attention(q_p, keys, values, positions, ...), wo)                          P kept tokens
-    out = residual + zeros.index_copy(positions, o_p)
+    out = residual + zeros.index_copy(positions, o_p)                  | o_p[held_rows(positions, n)]
 
 Exact: every step is proven to treat each token by itself (`tokenwise/axis_rules.py`); where a bias makes the row of an
-unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). K stays dense, since
-the scores read it. What is not proven stays as it was, with the reason.
+unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). With `unselected="hold"`
+the rows of the others are copies of kept ones. K stays dense, since the scores read it. What is not proven stays as it was, with the reason.
 
 Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it.
 """
@@ -27,6 +27,7 @@ Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -37,6 +38,7 @@ from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import (
     DecodeAttentionCall,
     GatherTokensCall,
+    HeldRowsCall,
     ProbePositionsCall,
     SelectTokensCall,
     SparseAttentionCall,
@@ -51,7 +53,7 @@ from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
-from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, size
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, rows_of, size
 from zipvl_compile.passes.tokenwise.row_values import ZERO
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
@@ -188,17 +190,25 @@ def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
     assert isinstance(site.call, SparseAttentionCall)
     if site.all_attend:
         return "every query attends"
-    below = forward_slice.find(attention, site.axes)
+    hold = site.call.queries == "hold"
+    below = forward_slice.find(attention, site.axes, hold)
     reason = "" if below.projects else next((below.stops[n] for n in sorted(below.stops)), "there is none")
     if reason and query is None:
         return reason
     if reason:  # nothing is gained below the attention itself
-        below = forward_slice.Below(attention, {attention: site.axes}, {attention: ZERO})
+        below = forward_slice.Below(attention, hold, {attention: site.axes}, {attention: ZERO})
     query = query or kept.take(site.query, site.axes, attention)
     # What it reads now: pruning the values has put others in their place.
     out = replace(SparseAttentionCall.read(attention), q=query).insert(attention)
-    below.replace(out, kept, size(site.scores.k, 2, attention))
+    tokens = size(site.scores.k, 2, attention)
+    below.replace(out, kept, tokens, held(site.positions, tokens, attention) if hold else None)
     return reason
+
+
+def held(positions: Node, tokens: Any, before: Node) -> Rows:
+    """Insert which kept token each of the `tokens` holds the row of."""
+    index = HeldRowsCall(positions=positions, n=tokens).insert(before)
+    return rows_of(index, tokens, before)
 
 
 def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:

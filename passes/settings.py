@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zipvl_compile.passes.match.attention_site import AttentionShape
+from zipvl_compile.passes.policy import Policy
 
 LeastTokens = Callable[[AttentionShape, torch.dtype, torch.device], int]
 
@@ -16,25 +17,21 @@ def _all() -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which tokens to keep, and what for.
+@dataclass(frozen=True, kw_only=True)
+class Settings(Policy):
+    """A selection rule, and what it is used for.
 
     Attributes:
+        evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
         min_tokens: shorter prompts stay dense (tokens); or what says so for an attention of a shape, dtype and device.
+        kernel: implementation of the operators.
         newest_rows_read: how many of its newest rows those who get a hidden state from a graph read at most (tokens);
             0 is all rows. Asked where a graph gives one.
-        the others: see `ZipVLOptions`.
+        per_request: the budget is an input of the graph, `BUDGET`, so that it may change from call to call.
     """
 
-    tau: float = 0.975
-    keep_ratio: float | None = None
-    recent_probes: int = 64
-    random_probes: int = 64
-    seed: int = 0
-    keep_recent: int = 1
-    queries: str = "selected"
     evict: str = "drop"
     min_tokens: int | LeastTokens = 0
     kernel: str = "auto"
     newest_rows_read: Callable[[], int] = _all
+    per_request: bool = False

@@ -24,8 +24,8 @@ from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks
 from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.sites import Site, Sites
+from zipvl_compile.passes.prefill.refusals import unreadable_inputs
 from zipvl_compile.passes.settings import Settings
-from zipvl_compile.passes.sparsify_prefill import unreadable_inputs
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 
 LEAST = 512  # tokens; of shorter prompts the mask costs less than a call of our operator does on a CPU

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 from zipvl_compile.dynamo import UserError, inductor_modes
+from zipvl_compile.passes.policy import Policy, Score, Unselected
 from zipvl_compile.passes.settings import Settings
+from zipvl_compile.policies import names as policy_names
+from zipvl_compile.policies import policy
+from zipvl_compile.policies.presets import DEFAULT, PRESETS
+
+BUDGETS = ("tau", "keep_ratio", "keep_tokens")
 
 
 class OptionError(UserError):
@@ -41,36 +47,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class ZipVLOptions:
+@dataclass(frozen=True, kw_only=True)
+class ZipVLOptions(Policy):
     """What `options=` of `torch.compile(model, backend="zipvl", options={...})` may hold.
 
     Attributes:
-        tau: fraction of the accumulated attention score that a layer keeps, in (0, 1]; 1.0 keeps every token.
-        keep_ratio: fixed fraction of tokens to keep, in (0, 1]; None where `tau` decides. Nobody gives both.
-        recent_probes: newest rows that measure attention (tokens).
-        random_probes: rows drawn from the rest (tokens).
-        seed: of that draw.
-        keep_recent: newest tokens that are always kept.
-        queries: "selected" gives attention output to kept tokens only (the paper), "all" to every token.
-        groups: "layer" selects once per layer (the paper); "kv_head" is not available yet.
+        preset: a choice of everything below for those who do not want to choose, see `PRESETS`.
+        policy: a selection rule, one of `zipvl_compile.policies`; other options change single fields of it.
         evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
         min_tokens: shorter prompts stay dense (tokens); None asks the cost model, for each attention, on this machine.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         kernel: implementation of the operators: "auto" (Triton on GPUs, the fastest per shape), "triton" or "torch".
         mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`; for no other `inner`.
-
-    Source: ZipVL (arXiv 2410.08584) for the defaults of `tau` and of the probes.
+        the others: see `Policy`. At most one of `tau`, `keep_ratio` and `keep_tokens` may be given.
     """
 
-    tau: float = Settings.tau
-    keep_ratio: float | None = Settings.keep_ratio
-    recent_probes: int = Settings.recent_probes
-    random_probes: int = Settings.random_probes
-    seed: int = Settings.seed
-    keep_recent: int = Settings.keep_recent
-    queries: str = Settings.queries
-    groups: str = "layer"
+    preset: str | None = None
+    policy: str | None = None
     evict: str = Settings.evict
     min_tokens: int | None = None
     inner: str = "inductor"
@@ -91,23 +84,13 @@ class ZipVLOptions:
         given = dict(options or {})
         if mode is not None:
             given["mode"] = mode
-        names = [field.name for field in dataclasses.fields(cls)]
         for name, value in given.items():
-            if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
-                raise OptionError(f"zipvl option {name!r}: expected one of {', '.join(names)}, got {name!r}. {hint}")
-            holds, expected, remedy = _CHECKS[name]
-            if not holds(value):
-                raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
+            _check_one(name, value)
             given[name] = _plain(value)
-        parsed = cls(**given)
-        if "tau" in given and parsed.keep_ratio is not None:
-            raise OptionError(
-                f"zipvl options 'tau' and 'keep_ratio': expected one of them, got tau={parsed.tau} and "
-                f"keep_ratio={parsed.keep_ratio}. Give 'tau' to let each layer choose how much it keeps, 'keep_ratio' "
-                "for a fixed fraction."
-            )
+        _check_budget(given)
+        if given.pop("queries", None) == "all":
+            given.setdefault("unselected", "all")
+        parsed = cls(**_chosen(given) | given)
         if parsed.mode is not None and parsed.inner != "inductor":
             raise OptionError(
                 f"zipvl option 'mode': expected inner='inductor', whose mode it is, got mode={parsed.mode!r} and "
@@ -121,35 +104,112 @@ class ZipVLOptions:
         return parsed
 
 
+def _check_one(name: Any, value: Any) -> None:
+    if name not in _CHECKS:
+        names = [field.name for field in dataclasses.fields(ZipVLOptions)]
+        close = difflib.get_close_matches(str(name), [*_CHECKS], n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
+        raise OptionError(f"zipvl option {name!r}: expected one of {', '.join(names)}, got {name!r}. {hint}")
+    holds, expected, remedy = _CHECKS[name]
+    if not holds(value):
+        raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
+
+
+def _check_budget(given: Mapping[str, Any]) -> None:
+    asked = {name: given[name] for name in BUDGETS if given.get(name) is not None}
+    if len(asked) > 1:
+        names = " and ".join(repr(name) for name in asked)
+        got = " and ".join(f"{name}={value}" for name, value in asked.items())
+        raise OptionError(
+            f"zipvl options {names}: expected one of them, got {got}. Give 'tau' to let each layer choose how much it "
+            "keeps, 'keep_ratio' for a fixed fraction, 'keep_tokens' for a fixed number."
+        )
+    if given.get("preset") is not None and given.get("policy") is not None:
+        raise OptionError(
+            f"zipvl options 'preset' and 'policy': expected one of them, got preset={given['preset']!r} and "
+            f"policy={given['policy']!r}. A preset names a policy; give single options beside it to change it."
+        )
+
+
+def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the rule that is asked for, as far as a budget that is given does not replace its own."""
+    preset = {} if given.get("policy") else PRESETS[given.get("preset") or DEFAULT]
+    rule = policy(given.get("policy") or preset.get("policy", "paper"))
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    fields |= _other_budgets(preset) | {name: value for name, value in preset.items() if name != "policy"}
+    return fields | _other_budgets(given)
+
+
+def _other_budgets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the numbers of a budget are once another one of them is given."""
+    none = {"tau": Policy.tau, "keep_ratio": None, "keep_tokens": None}
+    return none if any(given.get(name) is not None for name in BUDGETS) else {}
+
+
 def _is_mode(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value in inductor_modes())
 
 
-_NOT_YET = "It is not available yet; leave the option out."
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+def _least_fraction(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+def _odd(value: Any) -> bool:
+    return _count(1)(value) and int(value) % 2 == 1
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _spelled(values: Iterable[str]) -> str:
+    *first, last = [f'"{value}"' for value in values]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _words(*values: str, remedy: str, none: bool = False) -> _Check:
+    holds = _one_of(*values)
+    return (_or_none(holds), f"None, {_spelled(values)}", remedy) if none else (holds, _spelled(values), remedy)
+
+
+_Check = tuple[Callable[[Any], bool], str, str]
+_TOKENS = "an integer of at least 0"
+_PAPERS = "Use 64 for the paper's setting."
+_CHECKS: dict[str, _Check] = {
+    "preset": _words(*PRESETS, remedy="Leave it out for the default.", none=True),
+    "policy": _words(*policy_names(), remedy="Leave it out for the default.", none=True),
     "tau": (_fraction, "a fraction in (0, 1]", "Use 1.0 to keep every token, 0.975 for the paper's setting."),
-    "keep_ratio": (
-        lambda value: value is None or _fraction(value),
-        "None or a fraction in (0, 1]",
-        "Use None to let tau decide.",
-    ),
-    "recent_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
-    "random_probes": (_count(0), "an integer of at least 0", "Use 64 for the paper's setting."),
+    "keep_ratio": (_or_none(_fraction), "None or a fraction in (0, 1]", "Use None to let tau decide."),
+    "keep_tokens": (_or_none(_count(1)), "None or an integer of at least 1", "Use None to let tau decide."),
+    "floor": (_least_fraction, "a fraction in [0, 1]", "Use 0 for no floor."),
+    "recent_probes": (_count(0), _TOKENS, _PAPERS),
+    "random_probes": (_count(0), _TOKENS, _PAPERS),
+    "draw": _words("random", "strided", remedy='Use "random" for the paper\'s setting.'),
     "seed": (lambda value: _count(0)(value) and value < 2**63, "an integer in [0, 2**63)", "Use 0."),
+    "score": _words(*get_args(Score), remedy='Use "normalised" for the paper\'s setting.'),
+    "pooling": (_odd, "an odd integer of at least 1", "Use 1 for none."),
     "keep_recent": (_count(1), "an integer of at least 1", "The newest token must be kept; use 1."),
-    "queries": (_one_of("selected", "all"), '"selected" or "all"', 'Use "selected" for the paper\'s method.'),
-    "groups": (_one_of("layer"), '"layer"', 'A selection per "kv_head": ' + _NOT_YET.lower()),
-    "evict": (_one_of("drop", "keep"), '"drop" or "keep"', 'Use "keep" for a full KV cache.'),
+    "keep_first": (_count(0), _TOKENS, "Use 0 to protect none."),
+    "unselected": _words(*get_args(Unselected), remedy='Use "zero" for the paper\'s method.'),
+    "window": (_count(1), "an integer of at least 1", "Use 64; a token sees at least itself."),
+    "sinks": (_count(0), _TOKENS, "Use 4."),
+    "kept_window": (_flag, "True or False", "Use False to let kept tokens see kept tokens only."),
+    "queries": _words("selected", "all", remedy='It is unselected="zero" or unselected="all" now.'),
+    "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
+    "dense_layers": (_count(0), _TOKENS, "Use 0 to let every layer select."),
+    "share": (_flag, "True or False", "Use False to let every layer select."),
+    "groups": _words("layer", remedy='A selection per "kv_head": it is not available yet; leave the option out.'),
+    "evict": _words("drop", "keep", remedy='Use "keep" for a full KV cache.'),
     "min_tokens": (
-        lambda value: value is None or _count(0)(value),
+        _or_none(_count(0)),
         "None or an integer of at least 0",
         "Use 0 to rewrite prompts of every length, None to let the cost model decide.",
     ),
-    "inner": (
-        _one_of("inductor", "aot_eager", "eager"),
-        '"inductor", "aot_eager" or "eager"',
-        'Use "inductor" for speed.',
-    ),
-    "kernel": (_one_of("auto", "triton", "torch"), '"auto", "triton" or "torch"', 'Use "auto" for speed.'),
+    "inner": _words("inductor", "aot_eager", "eager", remedy='Use "inductor" for speed.'),
+    "kernel": _words("auto", "triton", "torch", remedy='Use "auto" for speed.'),
     "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", "reduce-overhead" or "max-autotune".'),
 }

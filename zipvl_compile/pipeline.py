@@ -8,6 +8,7 @@ With the environment variable `ZIPVL_DUMP=DIR` it writes the graph before and af
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -36,6 +37,7 @@ from zipvl_compile.passes import (
 )
 from zipvl_compile.passes.graph.graph import copied
 from zipvl_compile.passes.match.sites import Sites, match
+from zipvl_compile.passes.policy import Policy
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.report.costs import least_tokens
 
@@ -105,18 +107,14 @@ def leaving_out(*names: str) -> Iterator[None]:
 
 def settings_of(options: ZipVLOptions) -> Settings:
     """Return what the passes need of the options."""
+    rule = {field.name: getattr(options, field.name) for field in dataclasses.fields(Policy)}
     return Settings(
-        tau=options.tau,
-        keep_ratio=options.keep_ratio,
-        recent_probes=options.recent_probes,
-        random_probes=options.random_probes,
-        seed=options.seed,
-        keep_recent=options.keep_recent,
-        queries=options.queries,
+        **rule,
         evict=options.evict,
         min_tokens=least_tokens(options),
         kernel=options.kernel,
         newest_rows_read=newest_rows_read,
+        per_request=True,
     )
 
 

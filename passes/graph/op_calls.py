@@ -112,6 +112,11 @@ class SelectTokensCall(OpCall):
     keep_ratio: float | None
     keep_recent: Any
     protected: Node | None = None
+    keep_tokens: int | None = None
+    floor: float = 0.0
+    keep_first: int = 0
+    ranking: Node | None = None
+    budget: Node | None = None
     kernel_: str = "auto"
 
     @property
@@ -150,6 +155,13 @@ class WithRoomCall(OpCall):
 class HidingRowsCall(OpCall):
     operator = ops.hiding_rows.default
     mask: Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldRowsCall(OpCall):
+    operator = ops.held_rows.default
+    positions: Node
+    n: Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ class AttentionShape:
         element: bytes of one element.
         every_query: every query attends to the kept keys, not only the kept ones.
         dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
+        local: keys that every query sees besides the kept ones (tokens).
     """
 
     batch: int
@@ -126,6 +127,7 @@ class AttentionShape:
     every_query: bool = False
     dense_mask: bool = False
     sparse_mask: bool = False
+    local: int = 0
 
 
 def module_path(node: Node) -> str:

@@ -13,6 +13,7 @@ class Why(Enum):
     ONE_TOKEN = auto()
     SHORT_PROMPT = auto()
     NO_GAIN = auto()
+    DENSE_LAYER = auto()
     CROSS_ATTENTION = auto()
     ENCODER = auto()
     NO_CACHE = auto()
@@ -42,8 +43,8 @@ class Why(Enum):
 
 
 BY_DESIGN = frozenset({
-    Why.ONE_TOKEN, Why.SHORT_PROMPT, Why.NO_GAIN, Why.CROSS_ATTENTION, Why.ENCODER, Why.NO_CACHE, Why.SLIDING_WINDOW,
-    Why.FLEX_ATTENTION, Why.FULL_CACHE,
+    Why.ONE_TOKEN, Why.SHORT_PROMPT, Why.NO_GAIN, Why.DENSE_LAYER, Why.CROSS_ATTENTION, Why.ENCODER, Why.NO_CACHE,
+    Why.SLIDING_WINDOW, Why.FLEX_ATTENTION, Why.FULL_CACHE,
 })  # fmt: skip
 
 

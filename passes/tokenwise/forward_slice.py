@@ -1,10 +1,13 @@
-"""What is computed below a tensor whose rows are zero but for a few.
+"""What is computed below a tensor whose rows are zero but for a few, or copies of a few.
 
 Attention gives zero to a token that was not selected. As long as the operations below treat every token by itself, all
 those tokens come to one and the same row, which is computed once, or not at all where it is zero again:
 
     linear(0, w, None) = 0              linear(0, w, bias) = bias               0 * gate(h) = 0
     rms_norm(0) = 0                     rms_norm(bias) = one row for all of them
+
+Where a token that was not selected holds the row of the kept one before it, whatever treats every token by itself gives
+copies again, as long as it reads nothing that differs from token to token.
 
 `find` follows the tensor downwards to where it meets tokens again, as in the residual connection.
 """
@@ -37,9 +40,10 @@ from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
 @dataclass
 class Below:
-    """Row-wise operations below `start`, whose rows are zero but for the kept tokens'.
+    """Row-wise operations below `start`, whose rows are zero but for the kept tokens', or copies of theirs.
 
     Attributes:
+        held: the other rows are copies of kept tokens' rows.
         nodes: `start` and the operations, with their axes.
         values: what is known of their other rows: zero again, or one row that is the same for all tokens.
         others: by operation, the tensors with tokens of their own that it reads, such as a gate.
@@ -47,6 +51,7 @@ class Below:
     """
 
     start: Node
+    held: bool = False
     nodes: dict[Node, Axes] = field(default_factory=dict)
     values: dict[Node, Interval] = field(default_factory=dict)
     others: dict[Node, dict[Node, Axes]] = field(default_factory=dict)
@@ -66,17 +71,20 @@ class Below:
     def projects(self) -> bool:
         return any(multiplies(node) for node in self.nodes)
 
-    def replace(self, kept: Node, rows: Shared | OfEachSample, tokens: Any) -> None:
+    def replace(
+        self, kept: Node, rows: Shared | OfEachSample, tokens: Any, held: Shared | OfEachSample | None = None
+    ) -> None:
         """Compute the operations for the kept tokens, from their rows `kept` of `start`, and put the results back.
 
         Args:
             kept: `start` at the kept tokens, before `start` in the graph.
             rows: the kept tokens.
             tokens: how many there are in all, a number or a node.
+            held: for each token, which of the kept ones it takes its row from, where it is `held`.
         """
         results = set(self.results)
         new = {self.start: kept}
-        constant = {} if results <= self.zero else {self.start: self._zero_row(kept)}
+        constant = {} if held is not None or results <= self.zero else {self.start: self._zero_row(kept)}
         for node, axes in sorted(self.nodes.items()):
             others = self.others.get(node, {})
             if node is not self.start:
@@ -87,7 +95,11 @@ class Below:
                     constant[node] = next(constant[x] for x in node.all_input_nodes if x in self.zero)
                 else:
                     constant |= copy_for_rows({node: axes}, constant, 1, node)
-            if node in results:
+            if node in results and held is not None:
+                full = held.take(new[node], axes, node)
+                for user in [user for user in node.users if user not in self.nodes and user is not full]:
+                    user.replace_input_with(node, full)
+            elif node in results:
                 self._put_back(node, new[node], constant.get(node), rows, tokens)
         erase_unread(sorted(self.nodes, reverse=True))
 
@@ -134,9 +146,9 @@ def _added_to(user: Node, node: Node) -> Node | None:
     return other if alike else None
 
 
-def find(start: Node, axes: Axes) -> Below:
-    """Return the row-wise operations below `start`."""
-    below = Below(start, {start: axes}, {start: ZERO})
+def find(start: Node, axes: Axes, held: bool = False) -> Below:
+    """Return the row-wise operations below `start`, whose rows but for a few are zero, or `held`."""
+    below = Below(start, held, {start: axes}, {} if held else {start: ZERO})
     autocast = under_autocast(start.graph)
     node = start.next
     while node.op != "output":
@@ -171,6 +183,11 @@ def _add(below: Below, node: Node) -> None:
         batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
         samples = carried(node, batch)
     others = {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
+    if below.held:
+        if others:
+            raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
+        below.nodes[node] = Axes(token, batch)
+        return
     interval = row_values.below(node, {x: below.values[x] for x in given})
     if others:
         alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))

@@ -105,10 +105,14 @@ class Slice:
 def kept_rows(positions: Node) -> Shared | OfEachSample:
     """Return the rows at `positions [B, 1, P]` as select_tokens returned them."""
     before = positions.next
-    count = size(positions, 2, before)
-    if one_sample(positions):
-        return Shared(insert_call(before, operator.getitem, (positions, (0, 0))), count)
-    return OfEachSample(insert_call(before, operator.getitem, (positions, (_ALL, 0))), count)
+    return rows_of(positions, size(positions, 2, before), before)
+
+
+def rows_of(index: Node, count: Any, before: Node) -> Shared | OfEachSample:
+    """Return the `count` rows at `index [B, 1, count]`, inserted before a node."""
+    if one_sample(index):
+        return Shared(insert_call(before, operator.getitem, (index, (0, 0))), count)
+    return OfEachSample(insert_call(before, operator.getitem, (index, (_ALL, 0))), count)
 
 
 def token_positions(x: Node, rows: slice, before: Node) -> Node:

@@ -101,7 +101,7 @@ CASES = {
     "tau_0.9": ({"tau": 0.9}, {}, {}),
     "tau_0.6": ({"tau": 0.6}, {}, {}),
     "ratio_0.3_recent_4": ({"keep_ratio": 0.3, "keep_recent": 4}, {}, {}),
-    "all_queries": ({"tau": 0.7, "queries": "all"}, {"queries": "all"}, {}),
+    "all_queries": ({"tau": 0.7, "unselected": "all"}, {"queries": "all"}, {}),
     "long_prompt_with_random_probes": ({"tau": 0.7}, {}, {"text": 95}),
     "batch_left_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7}),
     "batch_right_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7, "side": "right"}),
@@ -125,7 +125,7 @@ def test_positions_attention_cache_and_decode_equal_the_papers(case):
         embeds = plain(**x, output_hidden_states=True).hidden_states[0]
         out = f(**x, use_cache=True, output_hidden_states=True)
 
-    rule = {k: v for k, v in options.items() if k != "queries"} | extra
+    rule = {k: v for k, v in options.items() if k != "unselected"} | extra
     reference = PaperLlama(plain.model.language_model, **rule)
     rows = four_dim(seen, n)
     mask = None if rows is None else rows.expand(-1, -1, n, -1)

@@ -48,9 +48,12 @@ def by_the_paper(paper):
         rows = probe_rows(q.shape[2], chosen.recent_probes, chosen.random_probes, chosen.seed)
         look = {"mask": mask, "is_causal": is_causal, "scale": scale, "softcap": softcap}
         scores, visible = paper.scores(q, k, rows, **look)
+        hold = chosen.unselected == "hold"
         kept = paper.selection(
-            scores, visible, tau=chosen.tau, keep_ratio=chosen.keep_ratio, keep_recent=chosen.keep_recent
-        )
-        return paper.attention(q, k, v, kept, queries=chosen.queries, **look), kept
+            scores, visible, tau=chosen.tau, keep_ratio=chosen.keep_ratio, keep_tokens=chosen.keep_tokens,
+            floor=chosen.floor, keep_recent=chosen.keep_recent, keep_first=max(chosen.keep_first, int(hold)),
+        )  # fmt: skip
+        queries = {"zero": "selected"}.get(chosen.unselected, chosen.unselected)
+        return paper.attention(q, k, v, kept, queries=queries, **look), kept
 
     return compute

@@ -98,7 +98,7 @@ def test_a_prompt_that_stays_dense_gains_in_the_last_layer(prefill):
 
 def test_no_other_work_than_dense_where_every_query_attends(prefill):
     n, p = 400, 100
-    flops, _ = prefill(n, keep_ratio=0.25, queries="all")
+    flops, _ = prefill(n, keep_ratio=0.25, unselected="all")
     assert flops == expected(n, p, {"q": n, "k": n, "v": p, "o": n})
 
 

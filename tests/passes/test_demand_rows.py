@@ -50,7 +50,7 @@ def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
     assert widths(graph)["q"] == [PROBES, kept, PROBES, 1] and widths(graph)["v"] == [kept, kept]
 
 
-@pytest.mark.parametrize("options", [{}, {"queries": "all"}, {"evict": "keep"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"unselected": "all"}, {"evict": "keep"}], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_number_of_tokens_that_depends_on_data(record, batch, dynamic, options):

@@ -23,11 +23,11 @@ def dense(graph):
     return [node for node in graph.nodes if is_op(node, "scaled_dot_product_attention")]
 
 
-@pytest.mark.parametrize("queries", ["selected", "all"])
+@pytest.mark.parametrize("unselected", ["zero", "all"])
 @pytest.mark.parametrize("place", ["attended", "projected"])
-def test_a_layer_that_scales_each_token_gets_the_rows_of_the_model(record, place, queries):
+def test_a_layer_that_scales_each_token_gets_the_rows_of_the_model(record, place, unselected):
     module, x = Stack(layers=1, **{place: per_token}), hidden_states()
-    (out, (keys, _, kept)), recorder = record(module, x, rows=ROWS, queries=queries, **RATIO)
+    (out, (keys, _, kept)), recorder = record(module, x, rows=ROWS, unselected=unselected, **RATIO)
     (site,) = recorder.sites[0].prefill
     assert "may divide a row of zeros by zero" in site.needs_true_rows and site.rewritten
     assert dense(recorder.graphs[0]) and kept.shape[2] == P and keys.shape[2] < N
@@ -35,8 +35,8 @@ def test_a_layer_that_scales_each_token_gets_the_rows_of_the_model(record, place
 
 
 def test_queries_that_see_no_kept_token_have_a_row_of_zeros_too(record):
-    """So `queries="all"` is no way out: with few tokens kept, none of them is among the first ones."""
-    few = {"queries": "all", "keep_ratio": 0.1}
+    """So `unselected="all"` is no way out: with few tokens kept, none of them is among the first ones."""
+    few = {"unselected": "all", "keep_ratio": 0.1}
     (_, (_, _, kept)), _ = record(Stack(layers=1), hidden_states(), rows=ROWS, **few)
     assert kept.min() > 0
 

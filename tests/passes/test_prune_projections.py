@@ -189,7 +189,7 @@ def test_hidden_states_that_are_written_to_later(record, shared):
 
 
 def test_every_query_attends(record):
-    graph, recorder = both(record, layer(), hidden_states(), queries="all", **RATIO)
+    graph, recorder = both(record, layer(), hidden_states(), unselected="all", **RATIO)
     assert reasons(recorder) == {"q": "every query attends", "output": "every query attends"}
     assert widths(graph) == {"q": [N], "k": [N], "v": [P], "o": [N], "up": [N]}
 

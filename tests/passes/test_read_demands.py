@@ -139,7 +139,7 @@ def test_where_all_rows_are_read_every_query_attends(record, form):
     assert read.every and str(read).startswith("every query attends: ")
     assert all(one.shape[2] == P for one in kept)
     torch._dynamo.reset()
-    expected, _ = record(stack(EVERY[form]), hidden_states(), queries="all", **RATIO)
+    expected, _ = record(stack(EVERY[form]), hidden_states(), unselected="all", **RATIO)
     same(got, expected)
 
 

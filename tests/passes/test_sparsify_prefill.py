@@ -77,9 +77,9 @@ def test_tau_1_changes_nothing_but_the_graph(record, modules, form, masked):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("queries", ["selected", "all"])
+@pytest.mark.parametrize("unselected", ["zero", "hold", "all"])
 @pytest.mark.parametrize("mask", ["none", "padding", "padding-per-head", "additive", "broadcast-batch"])
-def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, queries, dynamic):
+def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, unselected, dynamic):
     q, k, v = modules.qkv(seed=1)
     given = {
         "none": None,
@@ -89,16 +89,24 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
         "broadcast-batch": padded(2, 20)[:1],
     }[mask]
     module = modules.Packed(modules.Prefill(is_causal=given is None, scale=0.5), q, k, v)
-    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, queries=queries)
+    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, unselected=unselected)
     assert recorder.added[0] == ADDED
-    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, queries=queries)
+    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, unselected=unselected)
     assert np.array_equal(kept.numpy(), positions)
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"tau": 0.5}, {"keep_ratio": 0.3}, {"keep_recent": 7}, {"recent_probes": 3, "random_probes": 2, "seed": 9}],
+    [
+        {"tau": 0.5},
+        {"keep_ratio": 0.3},
+        {"keep_tokens": 4},
+        {"floor": 0.9},
+        {"keep_recent": 7},
+        {"keep_first": 5},
+        {"recent_probes": 3, "random_probes": 2, "seed": 9},
+    ],
     ids=str,
 )
 def test_every_selection_option_reaches_the_operators(record, modules, by_the_paper, changed):
@@ -624,7 +632,7 @@ def test_an_operator_whose_fake_fails_leaves_no_trace(record, modules, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", [{"tau": 1.0}, {"keep_ratio": 0.5}, {"keep_ratio": 0.5, "queries": "all"}], ids=str)
+@pytest.mark.parametrize("rule", [{"tau": 1.0}, {"keep_ratio": 0.5}, {"keep_ratio": 0.5, "unselected": "all"}], ids=str)
 def test_attention_under_autocast_computes_in_its_dtype(record, modules, rule, dtype):
     """Q and K in fp32, as rotary embeddings leave them, and V as autocast's linear gave it: the cache keeps both."""
 
@@ -637,7 +645,7 @@ def test_attention_under_autocast_computes_in_its_dtype(record, modules, rule, d
     (out, keys, values, kept), recorder = record(Wrapped(forward), *inputs, **rule)
     assert recorder.sites[0].prefill[0].rewritten
     assert (out.dtype, keys.dtype, values.dtype) == (dtype, torch.float32, dtype)
-    rows = kept[:, 0, :, None, None].expand(-1, -1, 4, 6) if rule.get("queries") != "all" else None
+    rows = kept[:, 0, :, None, None].expand(-1, -1, 4, 6) if rule.get("unselected") != "all" else None
     if rule.get("tau") == 1.0:
         torch.testing.assert_close(out, forward(*inputs)[0])
     else:

@@ -160,7 +160,7 @@ def test_where_all_rows_are_read_every_query_attends(form):
         got = READ_IN_FULL[form](llama(**TAU), ids)
     assert all("every query attends" in report.demanded for report in reports if report.rewritten)
     torch._dynamo.reset()
-    asked = READ_IN_FULL[form](llama(queries="all", **TAU), ids)
+    asked = READ_IN_FULL[form](llama(unselected="all", **TAU), ids)
     assert torch.equal(got.logits, asked.logits)
     assert all(layer.positions.shape[2] < 200 for layer in cache_of(got).layers)
 

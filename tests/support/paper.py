@@ -124,7 +124,10 @@ def selection(
 def attention(
     q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, queries="selected"
 ) -> np.ndarray:
-    """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero."""
+    """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero.
+
+    With queries="hold", a token that is not kept gets the output of the kept one before it, or of the first kept one.
+    """
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
     factor, per_group = heads // k.shape[1], heads // positions.shape[1]
@@ -139,6 +142,9 @@ def attention(
                     seen = look.seen(b, h, i, n) & kept
                     weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                     out[b, h, i] = weights @ v[b, h // factor]
+            for i in range(n) if queries == "hold" else ():
+                before = np.flatnonzero(kept[: i + 1])
+                out[b, h, i] = out[b, h, before[-1] if before.size else np.flatnonzero(kept)[0]]
     return out
 
 

@@ -31,12 +31,14 @@ def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
     """
     if options.min_tokens is not None:
         return options.min_tokens
-    kept = options.keep_ratio or (1.0 if options.tau >= 1 else EXPECTED_KEPT)
+    if options.prefill == "dense":  # asked for to have a smaller cache, which every prompt gets
+        return 0
+    kept = max(options.keep_ratio or (1.0 if options.tau >= 1 else EXPECTED_KEPT), options.floor)
 
     def least(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> int:
         speed = machine(device, dtype)
         length = break_even(shape, speed, kept)
-        if options.keep_ratio is None:
+        if options.keep_ratio is None and options.keep_tokens is None:
             length = max(length, break_even(shape, speed, 1.0, WORST_LOSS))
         return length if length >= NEVER else bucket(length)
 

@@ -1,0 +1,89 @@
+"""A selection rule, as data: passes and operators do what it says, and know no rule by name.
+
+    probes ──> scores ──> budget ──> kept tokens ──> attention among them; rows that are not kept get `unselected`
+
+One file of `zipvl_compile/policies/` states one; every field is also an option of the backend, with the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zipvl_compile.kernels.budget import Budget
+from zipvl_compile.kernels.probe_rows import STRIDED
+
+EVERY_ROW = 1 << 30  # probe rows: more than any prompt has
+
+Score = Literal["normalised", "accumulated", "even", "value", "recent", "random"]
+Unselected = Literal["zero", "hold", "window", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Which tokens a layer keeps, and what the others get.
+
+    Attributes:
+        recent_probes: newest rows that measure attention (tokens).
+        random_probes: rows drawn from the rest (tokens); `EVERY_ROW` of either takes all.
+        draw: how: "random", or "strided" at equal distances.
+        seed: of the random draw, and of the score "random".
+        score: what tokens rank by. "normalised": attention by the probe rows that may see the token, on average (the
+            paper); "accumulated": its sum; "even": as normalised, of attention relative to a row that looks at all
+            tokens alike, which favours no early token; "value": as normalised, times the norm of the value; "recent":
+            the newest first; "random": drawn.
+        pooling: average of that many neighbouring scores, odd; 1 is none (tokens).
+        tau, keep_ratio, keep_tokens, floor: how many tokens a layer keeps, see `Budget`.
+        keep_recent: newest tokens that are always kept.
+        keep_first: first tokens that are always kept, on top of the budget.
+        unselected: attention output of tokens that are not kept: "zero" (the paper); "hold", that of the kept token
+            before them; "window", of their own over their `window` newest keys and the `sinks` first ones; "all", of
+            their own over the kept keys.
+        window, sinks: of "window" (tokens).
+        kept_window: kept tokens see their window and the sinks, besides kept tokens.
+        prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
+        dense_layers: first layers of the model, which keep every token.
+        share: the first layer that selects does so for all that follow.
+        groups: "layer" selects once per layer; "kv_head" selects equally many tokens for every KV head.
+    """
+
+    recent_probes: int = 64
+    random_probes: int = 64
+    draw: Literal["random", "strided"] = "random"
+    seed: int = 0
+    score: Score = "normalised"
+    pooling: int = 1
+    tau: float = 0.975
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    floor: float = 0.0
+    keep_recent: int = 1
+    keep_first: int = 0
+    unselected: Unselected = "zero"
+    window: int = 64
+    sinks: int = 4
+    kept_window: bool = False
+    prefill: Literal["sparse", "dense"] = "sparse"
+    dense_layers: int = 0
+    share: bool = False
+    groups: Literal["layer", "kv_head"] = "layer"
+
+    @property
+    def budget(self) -> Budget:
+        """Return how many tokens to keep."""
+        return Budget(self.tau, self.keep_ratio, self.keep_tokens, self.floor)
+
+    @property
+    def probes(self) -> int:
+        """Return how many rows measure attention in a prompt that is longer than that (tokens)."""
+        return self.recent_probes + self.random_probes
+
+    @property
+    def probe_seed(self) -> int:
+        """Return what the operators take for the draw of probe rows."""
+        return STRIDED if self.draw == "strided" else self.seed
+
+    @property
+    def queries(self) -> str:
+        """Return whose attention output the operators compute, that of the "selected" tokens or of "all"."""
+        return "all" if self.unselected == "all" else "selected"

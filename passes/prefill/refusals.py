@@ -1,0 +1,114 @@
+"""Why an attention of a prefill stays dense."""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from zipvl_compile.passes.cost_model import NEVER
+from zipvl_compile.passes.graph.reading import changed_in_place, example
+from zipvl_compile.passes.masks.mask_form import MaskForm
+from zipvl_compile.passes.match import cache_layers, reasons
+from zipvl_compile.passes.match.attention_site import Attention, AttentionShape, mask_fits
+from zipvl_compile.passes.match.cross_attention import is_cross_attention
+from zipvl_compile.passes.match.reasons import Reason, Why
+from zipvl_compile.passes.settings import Settings
+
+READ_AGAIN = Reason(Why.CACHE_READ_AGAIN, "the layer's cache is read again in the same graph")
+CHANGED = Reason(Why.CHANGED_IN_PLACE, "keys or values are changed in place")
+NOT_CAUSAL = Reason(
+    Why.NOT_CAUSAL,
+    "no causal mask: its tokens see all others, as in an encoder; transformers makes no mask for "
+    "attn_implementation='paged|eager' outside of continuous batching: load the model with 'sdpa'",
+)
+ONE_TOKEN = Reason(Why.ONE_TOKEN, "prompt of one token")
+NO_GAIN = Reason(Why.NO_GAIN, "keeping every token gains nothing over dense attention", NEVER)
+FIRST_IS_DENSE = Reason(Why.SHARED_KV, "shared KV: the first attention over this layer's cache stays dense")
+TWO_LAYERS = Reason(Why.SHARED_KV, "shared KV: this attention reads the keys and values of two cache layers")
+
+
+def refusal(attention: Attention, layer: Node) -> Reason | None:
+    """Return why an attention must stay dense, or None."""
+    q, k = example(attention.query), example(attention.key)
+    if statically_known_true(k.shape[2] == 1):
+        return ONE_TOKEN
+    cached = attention.key in cache_layers.stored_by(layer)  # else it is computed from the cache's latents
+    if cached and any(changed_in_place(x) for x in (attention.key, attention.value)):
+        return CHANGED
+    if not cache_layers.only_cached(layer):
+        return READ_AGAIN
+    if is_cross_attention(attention):
+        return reasons.CROSS_ATTENTION
+    if not attention.reads_whole_prompt:
+        return Reason(
+            Why.PART_OF_PROMPT, f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
+        )
+    if unreadable := unreadable_inputs(attention):
+        return unreadable
+    return NOT_CAUSAL if attention.mask is None and not attention.is_causal else None
+
+
+def unreadable_inputs(attention: Attention) -> Reason | None:
+    """Return why the operators cannot read an attention's inputs, or None."""
+    q, k = example(attention.query), example(attention.key)
+    if attention.dropout:
+        return reasons.dropout(attention.dropout)
+    if not statically_known_true(q.shape[0] == k.shape[0]):
+        return Reason(Why.BATCH, f"batch {q.shape[0]} of queries over batch {k.shape[0]} of keys")
+    if attention.mask is not None and not mask_fits(attention):
+        return reasons.mask_shape(list(example(attention.mask).shape))
+    return None
+
+
+def reader_refusal(attention: Attention, owner: Attention) -> Reason | None:
+    """Return why a further attention over the same keys and values must stay dense, or None."""
+    if (attention.key, attention.value) != (owner.key, owner.value):
+        return TWO_LAYERS
+    if attention.is_causal and not attention.reads_whole_prompt:
+        return reasons.MISALIGNED_CAUSAL
+    return unreadable_inputs(attention)
+
+
+def too_short(attention: Attention, shape: AttentionShape, settings: Settings) -> Reason | None:
+    """Return that the prompt is too short to gain, or None.
+
+    `n >= min_tokens` becomes a guard of the compiled graph: a shorter prompt compiles once, dense.
+    """
+    query, n, least = example(attention.query), example(attention.key).shape[2], settings.min_tokens
+    if callable(least):
+        least = least(shape, query.dtype, query.device)
+    if least >= NEVER:
+        return NO_GAIN
+    return None if n >= least else Reason(Why.SHORT_PROMPT, f"prompt shorter than min_tokens={least}", least)
+
+
+def shape_of(attention: Attention, form: MaskForm, settings: Settings) -> AttentionShape:
+    """Return what the cost of an attention depends on; a batch of symbolic size counts as one sample."""
+    q, k, v = (example(x) for x in (attention.query, attention.key, attention.value))
+    batch = q.shape[0] if isinstance(q.shape[0], int) else 1
+    sizes = (batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], settings.probes, q.element_size())
+    masked = attention.mask is not None
+    local = settings.window + settings.sinks if settings.unselected == "window" else 0
+    return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local)
+
+
+def layer_number(name: str) -> int | None:
+    """Return which layer of its model a module path is of, or None: 3 for `language_model.layers.3.self_attn`."""
+    number = re.search(r"\.(?:layers?|h|blocks?)\.(\d+)(?=\.|$)", f".{name}") or re.search(r"\.(\d+)(?=\.|$)", name)
+    return int(number[1]) if number else None
+
+
+def left_alone(name: str, place: int, settings: Settings) -> Reason | None:
+    """Return that a layer is one of the first, which select nothing, or None.
+
+    Args:
+        name: path of its module.
+        place: of its attention among those of the graph, for a path without a number.
+    """
+    number = layer_number(name)
+    if (place if number is None else number) >= settings.dense_layers:
+        return None
+    text = f"one of the first layers, which keep every token: dense_layers={settings.dense_layers}"
+    return Reason(Why.DENSE_LAYER, text)

@@ -1,0 +1,138 @@
+"""The tokens that a layer keeps, as nodes of the graph: scores, positions, and the gathers that the cache gets."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from zipvl_compile.kernels.budget import Budget
+from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, replace
+from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, outputs
+from zipvl_compile.passes.graph.private import fake_mode_of
+from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.masks.mask_form import CanonicalMasks
+from zipvl_compile.passes.match import cache_layers
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.match.outcome import Demanded
+from zipvl_compile.passes.match.sites import Site
+from zipvl_compile.passes.prefill import ranking
+from zipvl_compile.passes.settings import Settings
+from zipvl_compile.passes.tokenwise.row_select import token_positions
+
+BUDGET = "zipvl_budget"  # the graph's last input, where there is one
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of the kept tokens `[B, G, P]`, and how many probe rows may see each token `[B, n]`."""
+
+    positions: Node
+    visible: Node
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a layer keeps: their keys and values (with spare rows), and how they were selected."""
+
+    keys: Node
+    values: Node
+    selection: Selection
+
+    @property
+    def positions(self) -> Node:
+        return self.selection.positions
+
+
+def budget_input(graph: Graph, like: Node) -> Node:
+    """Return the input of a graph that holds the numbers of the budget, `Budget.as_tensor`; it is made where missing.
+
+    Args:
+        like: a node that has a fake tensor.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        if node.target == BUDGET:
+            return node
+    with graph.inserting_after(inputs[-1]):
+        node = graph.placeholder(BUDGET)
+    numbers, mode = Budget().as_tensor(), fake_mode_of([example(like)])
+    node.meta["example_value"] = numbers if mode is None else mode.from_tensor(numbers)
+    return node
+
+
+def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:
+    """Return `keep_recent`, and the positions of further tokens that are always kept, as a node, where there are some.
+
+    `keep_recent` counts tokens that probe rows see. The last probe row sees all but what padding hides, unless the mask
+    has a form of its own: there, and where the last row is no probe row, demanded rows are kept by their positions.
+    """
+    before, least = site.attention.node, settings.keep_recent
+    newest, protected = demanded.newest, [*demanded.others]
+    seen = settings.recent_probes > 0 and (site.mask is None or not site.mask.needs_matrix or newest == 1)
+    if seen and isinstance(newest, Node):
+        newest = newest if least == 1 else insert_call(before, torch.sym_max, (newest, least))
+    elif seen:
+        newest = max(newest, least)
+    else:
+        start = -newest if isinstance(newest, int) else insert_call(before, operator.neg, (newest,))
+        protected.append(token_positions(site.attention.key, slice(start, None), before))
+        newest = least
+    if len(protected) > 1:
+        return newest, insert_call(before, torch.cat, (protected,))
+    return newest, protected[0] if protected else None
+
+
+def select(
+    site: Site, attention: Attention, masks: CanonicalMasks, demanded: Demanded, settings: Settings
+) -> Selection:
+    """Insert scoring and selection before the attention."""
+    node, (rows, is_causal) = attention.node, masks.insert(attention)
+    key = attention.in_its_dtype(attention.key)
+    scores = TokenScoresCall(
+        q=attention.query, k=key, mask=rows, is_causal=is_causal, scale=attention.scale, softcap=attention.softcap,
+        recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed, groups=1,
+    ).insert(node)  # fmt: skip
+    accumulated, visible = outputs(scores, node)
+    keep_recent, protected = always_kept(site, demanded, settings)
+    positions = SelectTokensCall(
+        accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
+        keep_recent=keep_recent, protected=protected, keep_tokens=settings.keep_tokens, floor=settings.floor,
+        # A token before the first kept one would have nothing to hold.
+        keep_first=max(settings.keep_first, int(settings.unselected == "hold")),
+        ranking=ranking.insert(accumulated, visible, attention.key, attention.value, settings, node),
+        budget=budget_input(node.graph, key) if settings.per_request and not settings.keeps_all else None,
+    ).insert(node)  # fmt: skip
+    return Selection(positions, visible)
+
+
+def compact(site: Site, attention: Attention, selection: Selection, settings: Settings) -> Kept:
+    """Insert the gathers of the kept tokens before the attention; the cache keeps those."""
+    layer, node, positions = site.layer, attention.node, selection.positions
+    assert layer is not None
+    gathers = cache_layers.gathers(layer)
+    # One for every buffer of the cache, also where K and V are one tensor: decoding writes into each.
+    new_gathers = [] if settings.evict == "keep" else [
+        GatherTokensCall(x=old.x, positions=positions, spare=old.spare).insert(node) for old in gathers
+    ]  # fmt: skip
+    new = {old.x: gather for old, gather in zip(gathers, new_gathers, strict=False)}
+    keys, values = (
+        attention.in_its_dtype(new.get(x) or GatherTokensCall(x=x, positions=positions, spare=0).insert(node))
+        for x in (attention.key, attention.value)
+    )
+    if new_gathers:
+        for old, gather in zip(gathers, new_gathers, strict=True):
+            assert old.node is not None
+            replace(old.node, gather)
+        replace(layer, positions)
+        erase_orphans([*(old.node for old in gathers), layer])
+    return Kept(keys, values, selection)
+
+
+def keeps_all(kept: Kept, attention: Attention) -> bool:
+    """Return whether every token is kept, so that no row of the attention becomes zero."""
+    return statically_known_true(example(kept.positions).shape[2] == example(attention.key).shape[2])
