@@ -79,6 +79,13 @@ class Policy:
         return self.recent_probes + self.random_probes
 
     @property
+    def keeps_all(self) -> bool:
+        """Return whether every token of any prompt is kept."""
+        budget = self.budget
+        fixed_part = budget.keep_ratio is not None or budget.keep_tokens is not None
+        return budget.floor >= 1 or budget.keep_ratio == 1 or (budget.tau >= 1 and not fixed_part)
+
+    @property
     def probe_seed(self) -> int:
         """Return what the operators take for the draw of probe rows."""
         return STRIDED if self.draw == "strided" else self.seed

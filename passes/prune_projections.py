@@ -18,8 +18,9 @@ After:
     out = residual + zeros.index_copy(positions, o_p)                  | o_p[held_rows(positions, n)]
 
 Exact: every step is proven to treat each token by itself (`tokenwise/axis_rules.py`); where a bias makes the row of an
-unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). With `unselected="hold"`
-the rows of the others are copies of kept ones. K stays dense, since the scores read it. What is not proven stays as it was, with the reason.
+unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). With
+`unselected="hold"` the rows of the others are copies of kept ones. K stays dense, since the scores read it. What is not
+proven stays as it was, with the reason.
 
 Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it.
 """

@@ -8,8 +8,9 @@ Importing this package is not needed for that; it holds the tools around it.
 
 from zipvl_compile.cache.kept_tokens import kept_tokens
 from zipvl_compile.compiling import compile
+from zipvl_compile.per_request import settings
 from zipvl_compile.report.compile_report import recent_reports
 from zipvl_compile.report.explain import explain
 from zipvl_compile.version import __version__
 
-__all__ = ["__version__", "compile", "explain", "kept_tokens", "recent_reports"]
+__all__ = ["__version__", "compile", "explain", "kept_tokens", "recent_reports", "settings"]

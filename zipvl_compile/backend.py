@@ -32,6 +32,9 @@ from zipvl_compile.gradients import gradients_matter
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
+from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.prefill.selection import BUDGET
+from zipvl_compile.per_request import budget_of_call, check_can_change
 from zipvl_compile.pipeline import rewrite, settings_of
 from zipvl_compile.report.compile_report import record, record_training
 
@@ -73,14 +76,16 @@ def zipvl(
     allow_data_dependent_sizes(gm.graph)
     _run_without_gradients(gm)
     dense = GraphModule(gm, copied(gm.graph)[0])
-    done = rewrite(gm.graph, settings_of(parsed))
+    settings = settings_of(parsed)
+    done = rewrite(copied(gm.graph)[0], settings)  # Dynamo reads its graph once more, and knows no input of ours
     gm.graph = done.graph
     record(done)
     gm.recompile()
     cached = _cache_outputs(gm)
     chooses = bool(calls(gm.graph, ops.select_tokens))
+    budget = [example(node) for node in gm.graph.find_nodes(op="placeholder", target=BUDGET)]
     with torch.no_grad():
-        compiled = _compile(gm, example_inputs, parsed)
+        compiled = _compile(gm, [*example_inputs, *budget], parsed)
     backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
@@ -88,6 +93,10 @@ def zipvl(
             if chooses and backend_of_call() not in (None, backend):
                 _warn_of_other_code()
                 return dense(*inputs)
+            if budget:
+                inputs = (*inputs, budget_of_call(settings.budget))
+            elif chooses:
+                check_can_change()
             outputs = compiled(*inputs)
         for index in cached:
             mark_size_as_changing(outputs[index], 2)

@@ -81,13 +81,7 @@ class ZipVLOptions(Policy):
         Raises:
             OptionError: (a ValueError) names the option, what was expected, what came, and what to do.
         """
-        given = dict(options or {})
-        if mode is not None:
-            given["mode"] = mode
-        for name, value in given.items():
-            _check_one(name, value)
-            given[name] = _plain(value)
-        _check_budget(given)
+        given = check(dict(options or {}) | ({} if mode is None else {"mode": mode}))
         if given.pop("queries", None) == "all":
             given.setdefault("unselected", "all")
         parsed = cls(**_chosen(given) | given)
@@ -104,6 +98,18 @@ class ZipVLOptions(Policy):
         return parsed
 
 
+def check(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with plain numbers.
+
+    Raises:
+        OptionError: one that does not exist, has a bad value, or excludes another.
+    """
+    for name, value in given.items():
+        _check_one(name, value)
+    _check_together(given)
+    return {name: _plain(value) for name, value in given.items()}
+
+
 def _check_one(name: Any, value: Any) -> None:
     if name not in _CHECKS:
         names = [field.name for field in dataclasses.fields(ZipVLOptions)]
@@ -115,7 +121,7 @@ def _check_one(name: Any, value: Any) -> None:
         raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
 
 
-def _check_budget(given: Mapping[str, Any]) -> None:
+def _check_together(given: Mapping[str, Any]) -> None:
     asked = {name: given[name] for name in BUDGETS if given.get(name) is not None}
     if len(asked) > 1:
         names = " and ".join(repr(name) for name in asked)

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
 
-from zipvl_compile.passes.graph.private import fake_mode_of, faking, leaves
+from zipvl_compile.passes.graph.private import copy_source, fake_mode_of, faking, leaves
 from zipvl_compile.passes.graph.reading import example, is_pure
 
 
@@ -105,7 +105,19 @@ def copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     new.graph_copy(graph, nodes)
     output = graph.output_node()
     nodes[output] = new.node_copy(output, lambda node: nodes[node])
+    for node in graph.find_nodes(op="placeholder"):
+        copy_source(node, nodes[node])
     return new, nodes
+
+
+def insert_input(graph: Graph, name: str, value: Any) -> Node:
+    """Add a last input to a graph, with its fake value, and return it; its caller has to give it."""
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = value
+    copy_source(None, node)
+    return node
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch._functorch.vmap
 import torch._refs
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 OpOverload = torch._ops.OpOverload
@@ -25,7 +26,7 @@ EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 __all__ = [
     "ADD_BATCH_DIM", "ENTER_AUTOCAST", "EXIT_AUTOCAST", "NATIVE", "REMOVE_BATCH_DIM", "TENSOR",
-    "FakeTensor", "OpOverload", "OpOverloadPacket", "fake_mode_of", "faking", "leaves",
+    "FakeTensor", "OpOverload", "OpOverloadPacket", "copy_source", "fake_mode_of", "faking", "leaves",
 ]  # fmt: skip
 
 
@@ -50,3 +51,9 @@ def faking(mode: Any) -> Any:
     """
     with mode or contextlib.nullcontext(), enable_python_dispatcher():
         yield
+
+
+def copy_source(old: Node | None, new: Node) -> None:
+    """Note where Dynamo found an input of the user's, which AOTAutograd asks for; None is an input of ours."""
+    if old is None or hasattr(old, "_dynamo_source"):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]

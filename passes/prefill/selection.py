@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels.budget import Budget
-from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, replace
+from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, insert_input, replace
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, outputs
 from zipvl_compile.passes.graph.private import fake_mode_of
 from zipvl_compile.passes.graph.reading import example
@@ -54,15 +54,10 @@ def budget_input(graph: Graph, like: Node) -> Node:
     Args:
         like: a node that has a fake tensor.
     """
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in inputs:
-        if node.target == BUDGET:
-            return node
-    with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder(BUDGET)
+    for node in graph.find_nodes(op="placeholder", target=BUDGET):
+        return node
     numbers, mode = Budget().as_tensor(), fake_mode_of([example(like)])
-    node.meta["example_value"] = numbers if mode is None else mode.from_tensor(numbers)
-    return node
+    return insert_input(graph, BUDGET, numbers if mode is None else mode.from_tensor(numbers))
 
 
 def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:

@@ -108,7 +108,7 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
         {"recent_probes": 3, "random_probes": 2, "seed": 9},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_selection_option_reaches_the_operators(record, modules, by_the_paper, changed):
     q, k, v = modules.qkv(seed=2)
     (out, *_, kept), _ = record(modules.Prefill(is_causal=True), q, k, v, **changed)

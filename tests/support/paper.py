@@ -93,8 +93,8 @@ def selection(
 ) -> np.ndarray:  # fmt: skip
     """Return the kept positions `[B, groups, P]`: the paper's p tokens, then the protected ones on top of them.
 
-    The paper's p tokens are the newest visible one and the best others by normalised score, or by `ranking`. A protected
-    token that is among them already leaves its place on top to the next best token.
+    The paper's p tokens are the newest visible one and the best others by normalised score, or by `ranking`. A
+    protected token that is among them already leaves its place on top to the next best token.
     """
     batch, groups, n = accumulated.shape
     if keep_tokens is not None:

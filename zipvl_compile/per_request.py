@@ -1,0 +1,89 @@
+"""Numbers of the budget that change from request to request: no graph is compiled anew for them.
+
+    with zipvl_compile.settings(tau=0.9):
+        model.generate(...)
+
+A compiled prefill takes them as its last input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from zipvl_compile.kernels.budget import Budget
+from zipvl_compile.options import BUDGETS, OptionError, check
+
+_asked: ContextVar[Mapping[str, Any]] = ContextVar("zipvl_settings", default={})  # noqa: B039  (nobody writes to it)
+
+
+@contextlib.contextmanager
+def settings(
+    *,
+    tau: float | None = None,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    floor: float | None = None,
+) -> Iterator[None]:
+    """Change how many tokens the prompts of this block keep, in this thread, without a new compile.
+
+    Args:
+        tau: fraction of the attention to keep, in (0, 1].
+        keep_ratio: fixed fraction of tokens instead, in (0, 1].
+        keep_tokens: fixed number of tokens instead, at least 1.
+        floor: least fraction of tokens, in [0, 1].
+
+    What is not given stays as the model was compiled, or as a block around this one says. A prompt that is dense, as
+    one shorter than `min_tokens`, stays dense.
+
+    Raises:
+        OptionError: (a ValueError) a bad number, or two of `tau`, `keep_ratio` and `keep_tokens`; or, when a prompt
+            comes, a model that was compiled to keep every token.
+    """
+    every = {"tau": tau, "keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "floor": floor}
+    given = check({name: value for name, value in every.items() if value is not None})
+    token = _asked.set(_merged(_asked.get(), given))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _merged(numbers: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers of which others were given: one of `BUDGETS` takes the place of another."""
+    replaced = BUDGETS if any(name in given for name in BUDGETS) else ()
+    return {name: value for name, value in numbers.items() if name not in replaced} | dict(given)
+
+
+def budget_of_call(compiled: Budget) -> torch.Tensor:
+    """Return the numbers that a call of a graph with this budget uses, as the graph takes them: float64 `[4]`."""
+    asked = _asked.get()
+    if not asked:
+        return _numbers(compiled)
+    own = {name: value for name, value in dataclasses.asdict(compiled).items() if value is not None}
+    return _numbers(Budget(**_merged(own, asked)))
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(budget: Budget) -> torch.Tensor:
+    return budget.as_tensor()
+
+
+def check_can_change() -> None:
+    """Check that nothing is asked of a graph that keeps every token.
+
+    Raises:
+        OptionError: numbers are asked for.
+    """
+    if asked := _asked.get():
+        got = ", ".join(f"{name}={value}" for name, value in asked.items())
+        raise OptionError(
+            f"zipvl_compile.settings: expected a model that was compiled to drop tokens, got {got} for one that was "
+            "compiled to keep every token. Compile it with another tau."
+        )
