@@ -9,7 +9,11 @@ import torch
 from support.graph_modules import Small
 from torch._dynamo.exc import BackendCompilerFailed
 
+from zipvl_compile import policies
+from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.options import OptionError, ZipVLOptions
+from zipvl_compile.passes.policy import Policy
+from zipvl_compile.policies.presets import PRESETS
 
 NAN, INF = float("nan"), float("inf")
 GOOD = {
@@ -19,8 +23,22 @@ GOOD = {
     "random_probes": [0, 1, 64, 10_000],
     "seed": [0, 1, 2**32],
     "keep_recent": [1, 5, 10_000],
-    "queries": ["selected", "all"],
+    "keep_tokens": [None, 1, 64, 10_000],
+    "floor": [0, 0.0, 0.25, 1.0, 1],
+    "draw": ["random", "strided"],
+    "score": ["normalised", "accumulated", "even", "value", "recent", "random"],
+    "pooling": [1, 5, 7],
+    "keep_first": [0, 4],
+    "unselected": ["zero", "hold", "window", "all"],
+    "window": [1, 64],
+    "sinks": [0, 4],
+    "kept_window": [True, False],
+    "prefill": ["sparse", "dense"],
+    "dense_layers": [0, 4],
+    "share": [True, False],
     "groups": ["layer"],
+    "preset": [None],
+    "policy": [None],
     "evict": ["drop", "keep"],
     "min_tokens": [None, 0, 1, 100_000],
     "inner": ["inductor", "aot_eager", "eager"],
@@ -34,7 +52,21 @@ BAD = {
     "random_probes": [-1, 1.5, 64.0, "64", None, False],
     "seed": [-1, 0.5, "0", None, True],
     "keep_recent": [0, -1, 1.0, "1", None, True],
-    "queries": ["Selected", "none", "", None, 1, ["all"], {}],
+    "keep_tokens": [0, -1, 1.5, "64", True],
+    "floor": [-0.1, 1.1, NAN, INF, "half", None, True],
+    "draw": ["Random", "", None, 1],
+    "score": ["norm", "", None, 1],
+    "pooling": [0, -1, 2, 1.0, "5", None, True],
+    "keep_first": [-1, 1.0, "4", None, True],
+    "unselected": ["Zero", "none", "", None, 1, ["all"], {}],
+    "window": [0, -1, 1.0, "64", None, True],
+    "sinks": [-1, 1.0, "4", None, True],
+    "kept_window": [0, 1, "yes", None],
+    "prefill": ["Sparse", "", None, True],
+    "dense_layers": [-1, 1.0, "4", None, True],
+    "share": [0, 1, "yes", None],
+    "preset": ["best", "", 1, True],
+    "policy": ["best", "", 1, True],
     "groups": ["kv_head", "head", None, 1],
     "evict": ["Drop", "none", None, True, False, ["keep"]],
     "min_tokens": [-1, 0.5, "512", True],
@@ -57,8 +89,9 @@ def test_the_tables_below_cover_every_option():
 def test_good_value(name, value):
     parsed = ZipVLOptions.parse({name: value})
     assert getattr(parsed, name) == value
-    others = [other for other in NAMES if other != name]
-    assert all(getattr(parsed, other) == getattr(ZipVLOptions(), other) for other in others)
+    budgets = {"tau", "keep_ratio", "keep_tokens"} if name in ("keep_ratio", "keep_tokens") else {name}
+    usual = ZipVLOptions.parse()
+    assert all(getattr(parsed, other) == getattr(usual, other) for other in NAMES if other not in budgets)
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(BAD))
@@ -72,22 +105,50 @@ def test_bad_value_is_named_with_what_was_expected_and_what_to_do(name, value):
 
 
 def test_defaults():
-    assert ZipVLOptions.parse() == ZipVLOptions.parse({}) == ZipVLOptions()
-    assert dataclasses.asdict(ZipVLOptions()) == {
-        "tau": 0.975,
-        "keep_ratio": None,
-        "recent_probes": 64,
-        "random_probes": 64,
-        "seed": 0,
-        "keep_recent": 1,
-        "queries": "selected",
-        "groups": "layer",
-        "evict": "drop",
-        "min_tokens": None,
-        "inner": "inductor",
-        "kernel": "auto",
-        "mode": None,
-    }
+    assert ZipVLOptions.parse() == ZipVLOptions.parse({}) == ZipVLOptions.parse({"preset": None})
+    paper = ZipVLOptions.parse({"preset": "paper"})
+    asked = (
+        "tau",
+        "keep_ratio",
+        "floor",
+        "recent_probes",
+        "random_probes",
+        "seed",
+        "keep_recent",
+        "score",
+        "unselected",
+    )
+    assert [getattr(paper, name) for name in asked] == [0.975, None, 0.0, 64, 64, 0, 1, "normalised"]
+    assert (paper.unselected, paper.prefill, paper.dense_layers, paper.share) == ("zero", "sparse", 0, False)
+    assert ZipVLOptions.parse({"policy": "paper"}) == dataclasses.replace(paper, preset=None, policy="paper")
+
+
+@pytest.mark.parametrize(("former", "now"), [("selected", "zero"), ("all", "all")])
+def test_the_former_name_of_what_unselected_tokens_get(former, now):
+    assert ZipVLOptions.parse({"preset": "paper", "queries": former}).unselected == now
+    with pytest.raises(ValueError, match=r'expected "selected" or "all", got 1. It is unselected='):
+        ZipVLOptions.parse({"queries": 1})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_states_options_that_may_be_changed_one_by_one(name):
+    asked = {key: value for key, value in PRESETS[name].items() if key != "policy"}
+    parsed = ZipVLOptions.parse({"preset": name})
+    assert all(getattr(parsed, key) == value for key, value in asked.items())
+    assert ZipVLOptions.parse({"preset": name, "keep_recent": 9}) == dataclasses.replace(parsed, keep_recent=9)
+    given = ZipVLOptions.parse({"preset": name, "keep_tokens": 50})
+    assert (given.keep_tokens, given.keep_ratio) == (50, None), "one budget takes the place of another"
+    with pytest.raises(OptionError, match="'preset' and 'policy': expected one of them"):
+        ZipVLOptions.parse({"preset": name, "policy": "paper"})
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_a_policy_states_fields_that_may_be_changed_one_by_one(name):
+    rule = policies.policy(name)
+    parsed = ZipVLOptions.parse({"policy": name})
+    assert all(getattr(parsed, field.name) == getattr(rule, field.name) for field in dataclasses.fields(Policy))
+    given = ZipVLOptions.parse({"policy": name, "tau": 0.5})
+    assert given.budget == Budget(tau=0.5, floor=rule.floor), "one budget takes the place of another"
 
 
 def test_options_cannot_change_later():
@@ -101,7 +162,7 @@ def test_options_cannot_change_later():
         ("tua", "Did you mean 'tau'?"),
         ("keep_rate", "Did you mean 'keep_ratio'?"),
         ("recent_probe", "Did you mean 'recent_probes'?"),
-        ("Queries", "Did you mean 'queries'?"),
+        ("Unselected", "Did you mean 'unselected'?"),
         ("mintokens", "Did you mean 'min_tokens'?"),
         ("xyz", "Remove it."),
         (7, "Remove it."),
@@ -131,7 +192,7 @@ def test_what_is_not_available_yet_says_so(name, value):
 
 def test_tau_and_keep_ratio_exclude_each_other():
     assert ZipVLOptions.parse({"tau": 0.9, "keep_ratio": None}).tau == 0.9
-    assert ZipVLOptions.parse({"keep_ratio": 0.3}) == ZipVLOptions(keep_ratio=0.3)
+    assert ZipVLOptions.parse({"keep_ratio": 0.3}).keep_ratio == 0.3
     for tau in (0.9, ZipVLOptions.tau):
         with pytest.raises(OptionError, match=rf"'tau' and 'keep_ratio': expected one of them, got tau={tau} and"):
             ZipVLOptions.parse({"keep_ratio": 0.3, "tau": tau})

@@ -38,24 +38,29 @@ def modules():
 
 def test_every_option_of_the_method_reaches_the_passes():
     chosen = {
-        "tau": 0.5, "recent_probes": 3, "random_probes": 4, "seed": 5, "keep_recent": 6, "queries": "all",
+        "recent_probes": 3, "random_probes": 4, "draw": "strided", "seed": 5, "score": "value", "pooling": 3,
+        "tau": 0.5, "floor": 0.2, "keep_recent": 6, "keep_first": 2, "unselected": "all", "window": 8, "sinks": 1,
+        "kept_window": True, "prefill": "dense", "dense_layers": 1, "share": True, "groups": "layer",
         "evict": "keep", "min_tokens": 7, "kernel": "torch",
     }  # fmt: skip
     settings = settings_of(ZipVLOptions(**chosen))
     assert {name: getattr(settings, name) for name in chosen} == chosen
     assert settings_of(ZipVLOptions(keep_ratio=0.25)).keep_ratio == 0.25
+    assert settings_of(ZipVLOptions(keep_tokens=9)).keep_tokens == 9
     assert settings.newest_rows_read is newest_rows_read, "the callers of a graph are asked"
-    names = {field.name for field in dataclasses.fields(Settings)} - {"newest_rows_read"}
-    assert names == {*chosen, "keep_ratio"}, "a new setting belongs into this test"
+    names = {field.name for field in dataclasses.fields(Settings)} - {"newest_rows_read", "per_request"}
+    assert names == {*chosen, "keep_ratio", "keep_tokens"}, "a new setting belongs into this test"
     assert names <= {field.name for field in dataclasses.fields(ZipVLOptions)}, "one name from the option to the pass"
 
 
 def test_defaults_are_the_papers():
     settings, plain = settings_of(ZipVLOptions()), Settings()
     assert callable(settings.min_tokens), "the cost model decides"
-    given = dataclasses.replace(settings, min_tokens=0, newest_rows_read=plain.newest_rows_read)
+    given = dataclasses.replace(
+        settings, min_tokens=0, newest_rows_read=plain.newest_rows_read, per_request=plain.per_request
+    )
     assert given == plain
-    assert (plain.tau, plain.recent_probes, plain.random_probes, plain.queries) == (0.975, 64, 64, "selected")
+    assert (plain.tau, plain.recent_probes, plain.random_probes, plain.unselected) == (0.975, 64, 64, "zero")
 
 
 def test_every_row_gets_what_it_needs():
