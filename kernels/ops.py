@@ -18,6 +18,7 @@ OPERATORS = (
     "token_positions",
     "token_scores",
     "token_scores_torch",
+    "window_attention",
     "with_room",
 )
 
