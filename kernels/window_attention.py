@@ -23,7 +23,6 @@ import torch
 from zipvl_compile.kernels.common import autotune
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail
 from zipvl_compile.kernels.common.dispatch import use_triton
-from zipvl_compile.kernels.sparse_attention import tilings
 from zipvl_compile.kernels.sparse_attention_torch import empty_output
 from zipvl_compile.kernels.window_attention_torch import attend_window_torch, first_visible
 from zipvl_compile.kernels.window_attention_triton import attend_window_triton
@@ -48,19 +47,15 @@ def _window_attention(
     )
     if not use_triton("window_attention", kernel_, q, k, v) or p == 0:
         return plain()
-    candidates: autotune.Candidates = {
-        f"triton {tiling}": functools.partial(
-            attend_window_triton, q, k, v, kept_k, kept_v, positions, first, mask, *options, tiling, kernel_
-        )
-        # Without kept_window the tiling is that of sparse_attention, which chooses by itself.
-        for tiling in tilings(q, v, mask)[: None if kept_window else 1]
-    }
+    kernels = functools.partial(
+        attend_window_triton, q, k, v, kept_k, kept_v, positions, first, mask, *options, kernel_
+    )
     if kernel_ == "triton":
-        return next(iter(candidates.values()))()
+        return kernels()
     kind = None if mask is None else (mask.dtype, mask.shape[1] > 1, mask.shape[2] > 1)
     sizes = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], *map(autotune.bucket, (p, q.shape[2], window)))
     key = ("window_attention", q.device, q.dtype, sizes, kind, is_causal, softcap is None, kept_window)
-    return autotune.run(key, candidates | {"torch": plain}, q.device)
+    return autotune.run(key, {"triton": kernels, "torch": plain}, q.device)
 
 
 @_window_attention.register_fake

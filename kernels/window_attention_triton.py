@@ -15,7 +15,7 @@ from zipvl_compile.kernels.common.checks import per_head
 from zipvl_compile.kernels.common.dispatch import launchable
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
-from zipvl_compile.kernels.sparse_attention import _attend_columns, sparse_attention
+from zipvl_compile.kernels.sparse_attention import _attend_columns, sparse_attention, tilings
 from zipvl_compile.kernels.sparse_attention_torch import empty_output
 from zipvl_compile.kernels.window_attention_torch import kept_tokens
 
@@ -35,8 +35,8 @@ def _attend_local(
     wide = column.to(tl.int64)
     keys = tl.load(k + wide[None, :] * stride_kn + d[:, None], mask=exists[None, :] & (d < D)[:, None], other=0.0)
     scores = capped(dot(tile, keys), scale, softcap, CAPPED)  # [M, N]
-    before = wide[None, :] <= (at - window)[:, None]
-    shown = before if FAR else (wide[None, :] <= at[:, None]) & (before == 0)
+    i, j = at.to(tl.int32)[:, None], column.to(tl.int32)[None, :]
+    shown = j <= i - window if FAR else (j <= i) & (j > i - window)
     shown = shown & exists[None, :]
     if KEPT:  # the rows have seen the kept keys already
         shown = shown & (tl.load(is_kept + wide, mask=exists, other=1) == 0)[None, :]
@@ -127,16 +127,21 @@ def _window_attention_kernel(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=wanted[:, None] & (dv < DV)[None, :])
 
 
-def local_tiling(tiling: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Return the tiling of the rows that attend locally: a taller or wider tile reaches further out of the window."""
-    block_m, block_n, warps, stages = tiling
-    return min(block_m, 64), min(block_n, 64), min(warps, 4), stages
+def window_tilings(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[int, int, int, int]]:
+    """Return tilings of kept rows, over all their keys, and of the others: queries and keys of a tile, warps, stages.
+
+    The first is that of sparse_attention that takes few registers, since this kernel needs more. A taller or wider tile
+    than the second's would reach further out of the window.
+    """
+    offered = tilings(q, v, mask)
+    block_m, block_n, warps, stages = kept = offered[-1 if mask is not None and mask.shape[2] > 1 else 0]
+    return [kept, (min(block_m, 64), min(block_n, 64), min(warps, 4), stages)]
 
 
 def attend_window_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor, kept_v: torch.Tensor,
     positions: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, window: int, kept_window: bool, tiling: tuple[int, int, int, int], kernel: str = "triton",
+    softcap: float | None, window: int, kept_window: bool, kernel: str = "triton",
 ) -> torch.Tensor:  # fmt: skip
     """Attend as `window_attention` says; `sinks` is what `first_visible` returns, `kernel` that of sparse_attention."""
     if kept_window:
@@ -163,9 +168,8 @@ def attend_window_triton(
         "CAPPED": softcap is not None, "BLOCK_S": SINKS,
         "BLOCK_D": tiles.head_blocks(width), "BLOCK_DV": tiles.head_blocks(v.shape[3]),
     }  # fmt: skip
-    for kept in (True, False) if kept_window else (False,):
-        block_m, block_n, warps, stages = tiling if kept else local_tiling(tiling)
-        rows = p if kept else n
+    of_both = zip((True, False), (p, n), window_tilings(q, v, mask), strict=True)
+    for kept, rows, (block_m, block_n, warps, stages) in list(of_both)[0 if kept_window else 1 :]:
         launchable(_window_attention_kernel, q)[(triton.cdiv(rows, block_m), batch * heads)](
             **common, M=rows, KEPT=kept, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=warps, num_stages=tiles.pipelined(stages),

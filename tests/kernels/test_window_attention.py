@@ -12,10 +12,8 @@ from support.implementations import gpu_only, in_every_dtype, only, triton_only
 
 from zipvl_compile.kernels.common.dispatch import interpreted
 from zipvl_compile.kernels.gather_tokens import gather_tokens
-from zipvl_compile.kernels.sparse_attention import sparse_attention, tilings
+from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.window_attention import window_attention
-from zipvl_compile.kernels.window_attention_torch import first_visible
-from zipvl_compile.kernels.window_attention_triton import attend_window_triton
 
 MASKS = ("none", "left-row", "right-row", "left", "right", "bool", "inf", "min", "bias", "bias-row")
 both = pytest.mark.parametrize("kept_window", [False, True], ids=["kept", "kept-window"])
@@ -306,17 +304,14 @@ def test_a_mask_of_no_samples_is_none(implementation, cases, kept_window):
     assert torch.equal(got, expected)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "left-row", "left"])
 @only("interpreted")
-def test_every_tiling_gives_the_same(implementation, cases, kind, dtype):
-    q, k, v = cases.qkv(batch=2, n=200, dim=60, dtype=dtype)
-    mask, real = masked(kind, 2, 8, 200, dtype)
-    positions = choose(2, 1, 200, 150)
-    given_ = (q, k, v, *kept_kv(k, v, positions), positions, first_visible(real, 4), mask, True, None, None, 40, True)
-    results = [implementation.compute(attend_window_triton, *given_, tiling) for tiling in tilings(q, v, mask)]
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0])
+def test_several_blocks_of_kept_rows(implementation, cases, kind, dtype, kept_window):
+    q, k, v = cases.qkv(batch=2, heads="mha", n=170, dim=60, dtype=dtype)
+    mask, real = masked(kind, 2, 2, 170, dtype)
+    check(implementation, q, k, v, choose(2, 1, 170, 140), real, mask, window=40, kept_window=kept_window)
 
 
 @both
