@@ -33,6 +33,7 @@ from zipvl_compile.kernels import gather_tokens as _gather
 from zipvl_compile.kernels import select_tokens as _select
 from zipvl_compile.kernels import sparse_attention as _attend
 from zipvl_compile.kernels import token_scores as _score
+from zipvl_compile.kernels import window_attention_triton as _window
 from zipvl_compile.kernels.common import dispatch
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -97,6 +98,12 @@ def cases() -> dict[str, Callable[[], object]]:
                 n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), kernel="triton"
             ),
         }
+        def near(mask, q=q, k=k, v=v, keys=keys, values=values, positions=positions):
+            given = (q, k, v, keys, values, positions, torch.arange(4)[None], mask)
+            return lambda: _window.attend_window_triton(*given, True, None, None, 64, True)
+
+        for kind, mask in (("causal", None), ("causal + padding row", row), ("additive mask", full)):
+            made[f"{name}, {kind}, window"] = near(mask)
         for tiling in _attend.tilings(q, v, None):
             made[f"{name}, causal, {tiling}"] = attend(q, None, True, False, tiling)
         for tiling in _attend.tilings(q, v, row):

@@ -19,6 +19,7 @@ OPERATORS = (
     "token_positions",
     "token_scores",
     "token_scores_torch",
+    "window_attention",
     "with_room",
 )
 

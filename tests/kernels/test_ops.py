@@ -169,6 +169,16 @@ def test_decode_attention_torch():
     check(ops.decode_attention_torch.default, new, k, v, positions, 10, 17, None, 0.3, None)
 
 
+@softcaps
+@pytest.mark.parametrize("kept_window", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_window_attention(masked, kept_window, softcap):
+    q, k, v, positions, mask = tensors()
+    kept = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
+    given = (q, k, v, *kept, positions, torch.ones(2, 10), mask if masked else None, not masked, 0.3, softcap)
+    check(ops.window_attention.default, *given, 3, 2, kept_window)
+
+
 def test_every_operator_is_checked():
     checked = Path(__file__).read_text()
     assert [name for name in registered() if f"ops.{name}.default" not in checked] == []

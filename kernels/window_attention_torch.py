@@ -1,0 +1,152 @@
+"""window_attention in plain PyTorch: a block of rows at a time attends to the sinks and to one slice of the keys.
+
+Slices measured faster on CPUs than one batch of overlapping views, which scaled_dot_product_attention wants copied.
+Kept rows are computed with the others and written over: leaving them out would widen the slices by as much as it saves.
+
+With kept_window=True a kept row has two disjoint parts, its kept keys and its local ones, joined by log-sum-exp:
+
+    o = o_kept + sigmoid(lse_local - lse_kept) (o_local - o_kept)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from zipvl_compile.kernels.common.checks import per_head
+from zipvl_compile.kernels.common.dense_attention import dense_attention, soft_capped
+from zipvl_compile.kernels.common.masks import take
+from zipvl_compile.kernels.common.masks import visible as shown_by
+from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
+from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
+
+BLOCK_ROWS = 64, 256  # least and most rows of a block, otherwise as many as the window: a slice is at most half wasted
+
+
+def first_visible(visible: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where the first `count` visible tokens of each sample stand, int64 `[B, min(count, n)]`; n for none."""
+    so_far = (visible > 0).cumsum(1)  # [B, n]
+    wanted = torch.arange(1, min(count, visible.shape[1]) + 1, device=visible.device)
+    return torch.searchsorted(so_far, wanted.expand(visible.shape[0], -1).contiguous())
+
+
+def kept_tokens(positions: torch.Tensor, n: int) -> torch.Tensor:
+    """Return which of n tokens are kept, bool `[B, G, n]`."""
+    batch, groups, _ = positions.shape
+    return torch.zeros(batch, groups, n, dtype=torch.bool, device=positions.device).scatter_(2, positions, True)
+
+
+def attend_window_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor, kept_v: torch.Tensor,
+    positions: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
+    softcap: float | None, window: int, kept_window: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Attend as `window_attention` says; `sinks` is what `first_visible` returns, `kept_k` has the P kept rows only."""
+    (batch, heads, n, width), p = q.shape, positions.shape[2]
+    out = empty_output(q, v)
+    lse = q.new_empty(batch, heads, n, 1, dtype=torch.promote_types(q.dtype, torch.float32)) if kept_window else None
+    _attend_locally(out, lse, q, k, v, positions, sinks, mask, scale, softcap, window)
+    if p == 0:
+        return out
+    kept_q = take_rows(q, positions, q.new_empty(batch, heads, p, width))
+    if mask is not None:
+        where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
+        mask = take(mask, batch, where, where)  # [B, 1 or Hq, P or 1, P]
+        mask = _only(mask, shown_by(mask))
+    if lse is None:
+        kept = attend_torch(kept_q, kept_k, kept_v, positions, mask, is_causal, scale, softcap, False)
+        return put_rows(kept, positions, out)
+    kept, kept_lse = _with_lse(kept_q, kept_k, kept_v, mask, is_causal, scale, softcap)
+    local = take_rows(out, positions, out.new_empty(kept.shape)).to(lse.dtype)
+    local_lse = take_rows(lse, positions, lse.new_empty(batch, heads, p, 1))
+    joined = torch.lerp(kept.to(lse.dtype), local, torch.sigmoid(local_lse - kept_lse))  # [B, Hq, P, Dv]
+    return put_rows(joined.to(out.dtype), positions, out)
+
+
+def _attend_locally(
+    out: torch.Tensor, lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    positions: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    softcap: float | None, window: int,
+) -> None:  # fmt: skip
+    """Write every row's attention to its local keys to `out`, and its log-sum-exp to `lse [B, Hq, n, 1]`.
+
+    With `lse`, kept rows leave the kept keys out.
+    """
+    batch, heads, n, _ = q.shape
+    real = sinks.clamp(max=n - 1)[:, None]  # [B, 1, S]; those that are not real are hidden
+    sink_k, sink_v = (take_rows(x, real, x.new_empty(*x.shape[:2], sinks.shape[1], x.shape[3])) for x in (k, v))
+    sink_mask = None if mask is None else take(mask, batch, None, real)  # [B, H, n or 1, S]
+    kept = sink_kept = None
+    if lse is not None:
+        kept = kept_tokens(positions, n)
+        kept = kept if kept.shape[1] == 1 else kept.repeat_interleave(heads // kept.shape[1], 1)  # [B, 1 or Hq, n]
+        sink_kept = kept.gather(2, real.expand(-1, kept.shape[1], -1))
+    rows_ = min(max(window, BLOCK_ROWS[0]), BLOCK_ROWS[1])
+    for start in range(0, n, rows_):
+        rows = slice(start, min(start + rows_, n))
+        keys = slice(max(start - window + 1, 0), rows.stop)
+        row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]  # [m, 1]
+        near = torch.arange(keys.start, keys.stop, device=q.device)
+        near = (near <= row) & (near > row - window)  # [m, keys]
+        far = sinks[:, None, None] <= row - window  # [B, 1, m, S]
+        shown = torch.cat((far, near.expand(batch, 1, -1, -1)), 3)  # a sink inside the window is there already
+        if kept is not None:
+            columns = torch.cat((sink_kept, kept[..., keys]), 2)
+            shown = shown & ~(kept[..., rows, None] & columns.unsqueeze(2))  # [B, 1 or Hq, m, S + keys]
+        if mask is not None:
+            own = slice(None) if mask.shape[2] == 1 else rows
+            part = torch.cat((sink_mask[:, :, own], mask[:, :, own, keys].expand(batch, -1, -1, -1)), 3)
+            shown = _only(part, shown & shown_by(part))
+        near_k, near_v = (torch.cat((s, x[:, :, keys]), 2) for s, x in ((sink_k, k), (sink_v, v)))
+        if lse is None:
+            out[:, :, rows] = dense_attention(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
+        else:
+            result = _with_lse(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
+            out[:, :, rows], lse[:, :, rows] = result
+
+
+def _only(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Return `mask` with everything outside `shown` hidden for certain: False, or -inf."""
+    return shown if mask.dtype == torch.bool else torch.where(shown, mask, float("-inf"))
+
+
+def _with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool,
+    scale: float | None, softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return `dense_attention` and the log of the sum of its exponentials, `[B, Hq, m, 1]` in fp32 (fp64 for fp64).
+
+    A query that sees nothing gets zeros and the lowest finite number. `is_causal` may come beside `mask`.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lowest, scale = torch.finfo(dtype).min, q.shape[3] ** -0.5 if scale is None else scale
+    bias = mask
+    if mask is not None:
+        if is_causal:
+            mask = _only(mask, shown_by(mask) & torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool())
+        bias = mask.to(q.dtype)
+        if mask.dtype == torch.bool:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    if softcap is None and q.device.type == "cpu":  # what scaled_dot_product_attention calls, which drops the lse
+        widest = max(q.shape[3], v.shape[3])
+        same = (F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale
+        )
+        lse = lse.unsqueeze(3)
+        if mask is not None:
+            lse = lse.masked_fill(~shown_by(mask).any(-1, keepdim=True), lowest)
+        return out[..., : v.shape[3]], lse
+    factor, parts = q.shape[1] // k.shape[1], []
+    if is_causal and mask is None:
+        bias = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().log()[None, None]
+    for head in range(k.shape[1]):  # one KV head at a time: bounded memory
+        heads = slice(head * factor, (head + 1) * factor)
+        scores = (q[:, heads].to(dtype) * scale) @ k[:, head, None].to(dtype).transpose(-1, -2)  # [B, factor, m, n]
+        scores = soft_capped(scores, softcap)
+        if bias is not None:
+            scores = scores + (bias if bias.shape[1] == 1 else bias[:, heads])
+        lse = scores.logsumexp(-1, keepdim=True).clamp(min=lowest)
+        parts.append(((scores - lse).exp() @ v[:, head, None].to(dtype), lse))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 1)
