@@ -90,10 +90,10 @@ def _attend_locally(
         near = (near <= row) & (near > row - window)  # [m, keys]
         far = sinks[:, None, None] <= row - window  # [B, 1, m, S]
         shown = torch.cat((far, near.expand(batch, 1, -1, -1)), 3)  # a sink inside the window is there already
-        if kept is not None:
+        if kept is not None and sink_kept is not None:
             columns = torch.cat((sink_kept, kept[..., keys]), 2)
             shown = shown & ~(kept[..., rows, None] & columns.unsqueeze(2))  # [B, 1 or Hq, m, S + keys]
-        if mask is not None:
+        if mask is not None and sink_mask is not None:
             own = slice(None) if mask.shape[2] == 1 else rows
             part = torch.cat((sink_mask[:, :, own], mask[:, :, own, keys].expand(batch, -1, -1, -1)), 3)
             shown = _only(part, shown & shown_by(part))

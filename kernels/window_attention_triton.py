@@ -147,8 +147,9 @@ def attend_window_triton(
     if kept_window:
         out = empty_output(q, v)
     else:  # zeros in the other rows, which are written over
-        options = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "kernel": kernel}
-        out = sparse_attention(q, kept_k, kept_v, positions, mask, **options)
+        out = sparse_attention(
+            q, kept_k, kept_v, positions, mask, is_causal=is_causal, scale=scale, softcap=softcap, kernel=kernel
+        )
     (batch, heads, n, width), p = q.shape, positions.shape[2]
     is_kept = kept_tokens(positions, n)
     q, k, v, kept_k, kept_v = map(tiles.unit_stride, (q, k, v, kept_k, kept_v))
