@@ -98,6 +98,7 @@ def cases() -> dict[str, Callable[[], object]]:
                 n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), kernel="triton"
             ),
         }
+
         def near(mask, q=q, k=k, v=v, keys=keys, values=values, positions=positions):
             given = (q, k, v, keys, values, positions, torch.arange(4)[None], mask)
             return lambda: _window.attend_window_triton(*given, True, None, None, 64, True)

@@ -39,6 +39,7 @@ from zipvl_compile.passes.graph.op_calls import (
     SelectTokensCall,
     SparseAttentionCall,
     TokenScoresCall,
+    WindowAttentionCall,
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import Demand
@@ -75,7 +76,8 @@ def find(graph: Graph) -> list[Part]:
 
 
 def _is_attention(node: Node) -> bool:
-    return SparseAttentionCall.matches(node) or is_op(node, "scaled_dot_product_attention")
+    ours = SparseAttentionCall.matches(node) or WindowAttentionCall.matches(node)
+    return ours or is_op(node, "scaled_dot_product_attention")
 
 
 def read_part(node: Node) -> Part | None:
@@ -162,7 +164,11 @@ def attend_last(attention: Node, before: Node) -> tuple[Node, Node] | None:
         The row `[B, Hq, 1, Dv]` and the attention that gives it; None where it is none, or cannot be told.
     """
     if SparseAttentionCall.matches(attention):
-        return attend_last_kept(SparseAttentionCall.read(attention), before)
+        call = SparseAttentionCall.read(attention)
+        return attend_last_kept(call, call.k, call.v, call.queries, before)
+    if WindowAttentionCall.matches(attention):
+        window = WindowAttentionCall.read(attention)
+        return None if window.kept_window else attend_last_kept(window, window.kept_k, window.kept_v, "window", before)
     row = attend_last_of_all(attention, before) if is_op(attention, "scaled_dot_product_attention") else None
     return None if row is None else (row, row)
 
@@ -183,15 +189,17 @@ def attend_last_of_all(attention: Node, before: Node) -> Node | None:
     return insert_call(before, F.scaled_dot_product_attention, (last, key, value, mask), given)
 
 
-def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node, Node] | None:
-    """Insert the last row `[B, Hq, 1, Dv]` of a sparse attention before a node; return it and its attention.
+def attend_last_kept(
+    attention: SparseAttentionCall | WindowAttentionCall, keys: Node, values: Node, others: str, before: Node
+) -> tuple[Node, Node] | None:
+    """Insert the last row `[B, Hq, 1, Dv]` of an attention among kept tokens; return it and its attention.
 
-    None where it may be padding, which holds the row of another token.
+    None where it may be padding, unless `others`, what tokens that are not kept get, is zero ("selected").
     """
     scores = SelectTokensCall.read(attention.positions).scores
     mask = attention.mask
-    newest_is_kept = attention.queries == "all" or (mask is None and has_last_row(scores))
-    if attention.queries == "hold" and not newest_is_kept:
+    newest_is_kept = others == "all" or (mask is None and has_last_row(scores))
+    if others in ("hold", "window") and not newest_is_kept:
         return None
     n = size(scores.k, 2, before)
     if HidingRowsCall.matches(mask):
@@ -201,7 +209,7 @@ def attend_last_kept(attention: SparseAttentionCall, before: Node) -> tuple[Node
     last = insert_call(before, operator.getitem, (attention.q, (slice(None), slice(None), LAST)))
     # The last row sees every kept key, as a new token sees the cache.
     out = DecodeAttentionCall(
-        q=last, keys=attention.k, values=attention.v, positions=attention.positions, prompt_length=n, n=n, mask=mask,
+        q=last, keys=keys, values=values, positions=attention.positions, prompt_length=n, n=n, mask=mask,
         scale=attention.scale, softcap=attention.softcap,
     ).insert(before)  # fmt: skip
     if newest_is_kept:

@@ -44,6 +44,7 @@ from zipvl_compile.passes.graph.op_calls import (
     SelectTokensCall,
     SparseAttentionCall,
     TokenScoresCall,
+    WindowAttentionCall,
     WithRoomCall,
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
@@ -253,7 +254,8 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         if not site.rewritten:
             continue
         if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
-            reason = f"the attention is dense: {site.needs_true_rows}"
+            local = WindowAttentionCall.matches(site.node)
+            reason = "every token attends to its window" if local else f"the attention is dense: {site.needs_true_rows}"
             sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
             continue
         around = Around(site.node)

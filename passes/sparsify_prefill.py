@@ -36,7 +36,7 @@ import torch
 from torch.fx import Graph, Node
 
 from zipvl_compile.passes.graph.graph import insert_call, undone_on_error
-from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, SparseAttentionCall
+from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, SparseAttentionCall, WindowAttentionCall
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks, four_axes
 from zipvl_compile.passes.match import reasons
@@ -59,7 +59,15 @@ QUERIES = {"zero": "selected", "hold": "hold", "all": "all"}  # as sparse_attent
 
 def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Settings) -> Node:
     """Put attention among the kept tokens in the place of the dense attention, and return its call."""
-    if attention.reads_whole_prompt:
+    if attention.reads_whole_prompt and settings.unselected == "window":
+        rows, is_causal = masks.hiding(attention)
+        key, value = (attention.in_its_dtype(x) for x in (attention.key, attention.value))
+        out = WindowAttentionCall(
+            q=attention.query, k=key, v=value, kept_k=kept.keys, kept_v=kept.values, positions=kept.positions,
+            visible=kept.selection.visible, mask=rows, is_causal=is_causal, scale=attention.scale,
+            softcap=attention.softcap, window=settings.window, sinks=settings.sinks, kept_window=settings.kept_window,
+        ).insert(attention.node)  # fmt: skip
+    elif attention.reads_whole_prompt:
         rows, is_causal = masks.hiding(attention)
         out = SparseAttentionCall(
             q=attention.query, k=kept.keys, v=kept.values, positions=kept.positions, mask=rows, is_causal=is_causal,

@@ -194,6 +194,26 @@ class SparseAttentionCall(OpCall):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowAttentionCall(OpCall):
+    operator = ops.window_attention.default
+    q: Node
+    k: Node
+    v: Node
+    kept_k: Node
+    kept_v: Node
+    positions: Node
+    visible: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float | Node | None
+    softcap: float | None
+    window: int
+    sinks: int
+    kept_window: bool
+    kernel_: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeAttentionCall(OpCall):
     operator = ops.decode_attention.default
     q: Node

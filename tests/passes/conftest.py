@@ -54,6 +54,8 @@ def by_the_paper(paper):
             floor=chosen.floor, keep_recent=chosen.keep_recent, keep_first=max(chosen.keep_first, int(hold)),
         )  # fmt: skip
         queries = {"zero": "selected"}.get(chosen.unselected, chosen.unselected)
-        return paper.attention(q, k, v, kept, queries=queries, **look), kept
+        local = {"window": chosen.window, "sinks": chosen.sinks, "kept_window": chosen.kept_window}
+        local["first"] = (visible > 0).argmax(1)
+        return paper.attention(q, k, v, kept, queries=queries, **look, **local), kept
 
     return compute

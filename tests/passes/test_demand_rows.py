@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from support.hidden_states import PROBES, RATIO, WIDTH, N, P, Stack, both, hidden_states, widths
 
 from zipvl_compile.passes import demand_rows
+from zipvl_compile.passes.graph.op_calls import WindowAttentionCall
 
 HEAD = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 SOME = torch.tensor([19, 3, 4])
@@ -50,24 +51,37 @@ def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
     assert widths(graph)["q"] == [PROBES, kept, PROBES, 1] and widths(graph)["v"] == [kept, kept]
 
 
-@pytest.mark.parametrize("options", [{}, {"unselected": "all"}, {"evict": "keep"}], ids=str)
+OPTIONS = [{}, {"unselected": "all"}, {"unselected": "hold"}, {"unselected": "window", "window": 3}, {"evict": "keep"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_number_of_tokens_that_depends_on_data(record, batch, dynamic, options):
     stack = Stack(READS["slice"][0], bias=True)
     graph, recorder = both(record, stack, hidden_states(batch=batch), dynamic=dynamic, tau=0.6, **options)
     assert not recorder.demands[0].reason and widths(graph)["o"][-1] == 1
+    if "window" in options:
+        assert len(WindowAttentionCall.all(graph)) == 1, "none is left in the last layer"
 
 
+def test_a_last_row_that_sees_its_window_is_taken_from_the_others(record):
+    options = {"unselected": "window", "window": 3, "kept_window": True}
+    graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(), **RATIO, **options)
+    assert not recorder.demands[0].reason and widths(graph)["o"][-1] == 1 and widths(graph)["q"][-1] == N
+
+
+@pytest.mark.parametrize("unselected", ["zero", "hold", "window"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["row", "matrix"])
-def test_padding_of_either_side(record, side, matrix):
-    """With padding on the right the last row is no token and is not kept: its attention output is zero."""
+def test_padding_of_either_side(record, side, matrix, unselected):
+    """With padding on the right the last row is no token and is not kept: its attention output is none of its own."""
     mask = torch.ones(2, 1, N, N, dtype=torch.bool).tril()
     mask[0, ..., slice(0, 5) if side == "left" else slice(N - 5, N)] = False
     if matrix:
         mask[:, :, 12:, 2] = False
-    _, recorder = both(record, Stack(READS["slice"][0]), hidden_states(batch=2), mask, **RATIO)
+    stack, x = Stack(READS["slice"][0]), hidden_states(batch=2)
+    _, recorder = both(record, stack, x, mask, unselected=unselected, window=3, **RATIO)
     assert not recorder.demands[0].reason
 
 

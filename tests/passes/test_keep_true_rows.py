@@ -34,6 +34,15 @@ def test_a_layer_that_scales_each_token_gets_the_rows_of_the_model(record, place
     torch.testing.assert_close(out, module(x)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("place", ["attended", "projected"])
+def test_held_rows_are_rows_of_the_model(record, place):
+    module, x = Stack(layers=1, **{place: per_token}), hidden_states()
+    rows = without(*LATER, "read_demands", "demand_rows", "prune_projections")
+    (out, (_, _, kept)), recorder = record(module, x, rows=rows, unselected="hold", **RATIO)
+    assert not dense(recorder.graphs[0]) and kept[0, 0, 0] == 0
+    assert out.isfinite().all() and not torch.allclose(out, module(x)[0])
+
+
 def test_queries_that_see_no_kept_token_have_a_row_of_zeros_too(record):
     """So `unselected="all"` is no way out: with few tokens kept, none of them is among the first ones."""
     few = {"unselected": "all", "keep_ratio": 0.1}

@@ -85,6 +85,35 @@ def test_rows_of_tokens_without_attention_are_exact(record, form, batch):
     assert P in widths(graph)["o"] and N not in widths(graph)["o"]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", FOLLOWING)
+def test_rows_that_are_held_are_exact(record, form, batch):
+    graph, recorder = both(
+        record, Stack(layers=1, **FOLLOWING[form]), hidden_states(batch=batch), unselected="hold", **RATIO
+    )
+    if "gate" in form:  # each token has its own, so that rows below it are no copies
+        assert reasons(recorder) == {"output": "'mul' meets a tensor with tokens of its own"}
+        assert widths(graph)["o"] == [N]
+    else:
+        assert recorder.pruned[0].parts == ALL
+        assert widths(graph)["o"] == [P + 1], "the first token is always kept, on top"
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_held_rows_of_a_number_of_tokens_that_depends_on_data(record, batch, dynamic):
+    stack, x = Stack(bias=True), hidden_states(batch=batch)
+    _, recorder = both(record, stack, x, dynamic=dynamic, tau=0.6, unselected="hold")
+    assert [pruning.parts for pruning in recorder.pruned] == [ALL, ALL]
+
+
+@pytest.mark.parametrize("kept_window", [False, True])
+def test_rows_that_attend_to_a_window_need_every_projection(record, kept_window):
+    graph, recorder = both(record, layer(), hidden_states(), unselected="window", kept_window=kept_window, **RATIO)
+    assert set(reasons(recorder).values()) == {"every token attends to its window"}
+    assert widths(graph) == {name: [N] for name in ("q", "k", "v", "o", "up")}
+
+
 RESIDUALS = {
     "sum": (lambda x, a: x + a, True),
     "sum the other way": (lambda x, a: a + x, True),

@@ -25,6 +25,7 @@ ADDED = Counter(
 )
 CACHE = Counter({"zipvl.token_positions": 1, "zipvl.gather_tokens": 2})
 SDPA = Counter({"scaled_dot_product_attention": 1})
+WITH_WINDOW = ADDED - Counter({"zipvl.sparse_attention": 1}) + Counter({"zipvl.window_attention": 1})
 
 
 def outcomes(recorder, graph=0):
@@ -77,7 +78,7 @@ def test_tau_1_changes_nothing_but_the_graph(record, modules, form, masked):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("unselected", ["zero", "hold", "all"])
+@pytest.mark.parametrize("unselected", ["zero", "hold", "all", "window", "kept and window"])
 @pytest.mark.parametrize("mask", ["none", "padding", "padding-per-head", "additive", "broadcast-batch"])
 def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, unselected, dynamic):
     q, k, v = modules.qkv(seed=1)
@@ -88,10 +89,13 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
         "additive": torch.zeros(2, 1, 20, 20).double().masked_fill(~padded(2, 20), float("-inf")),
         "broadcast-batch": padded(2, 20)[:1],
     }[mask]
+    rule = {"unselected": unselected, "window": 3, "sinks": 2}
+    if unselected == "kept and window":
+        rule |= {"unselected": "window", "kept_window": True}
     module = modules.Packed(modules.Prefill(is_causal=given is None, scale=0.5), q, k, v)
-    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, unselected=unselected)
-    assert recorder.added[0] == ADDED
-    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, unselected=unselected)
+    (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, **rule)
+    assert recorder.added[0] == (ADDED if rule["unselected"] != "window" else WITH_WINDOW)
+    exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, **rule)
     assert np.array_equal(kept.numpy(), positions)
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 

@@ -122,11 +122,14 @@ def selection(
 
 
 def attention(
-    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, queries="selected"
-) -> np.ndarray:
+    q, k, v, positions, *, mask=None, is_causal=True, scale=None, softcap=None, queries="selected", window=64,
+    sinks=4, kept_window=False, first=None,
+) -> np.ndarray:  # fmt: skip
     """Return `[B, Hq, n, Dv]` from full-length `k`, `v`: a query attends to kept keys that it sees, or gives zero.
 
     With queries="hold", a token that is not kept gets the output of the kept one before it, or of the first kept one.
+    With queries="window", it attends to its `window` newest keys and the `sinks` first ones; kept ones too, besides the
+    kept keys, with `kept_window`. `first` is where each sample starts.
     """
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
@@ -138,8 +141,13 @@ def attention(
             kept = np.zeros(n, dtype=bool)
             kept[np.asarray(positions[b, h // per_group])] = True
             for i in range(n):
-                if kept[i] or queries == "all":
-                    seen = look.seen(b, h, i, n) & kept
+                if kept[i] or queries in ("all", "window"):
+                    wanted = kept.copy() if kept[i] or queries == "all" else np.zeros(n, dtype=bool)
+                    if queries == "window" and (kept_window or not kept[i]):
+                        wanted[max(i - window + 1, 0) : i + 1] = True
+                        start = 0 if first is None else int(first[b])
+                        wanted[start : min(start + sinks, i + 1)] = True
+                    seen = look.seen(b, h, i, n) & wanted
                     weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
                     out[b, h, i] = weights @ v[b, h // factor]
             for i in range(n) if queries == "hold" else ():
