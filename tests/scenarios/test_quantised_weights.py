@@ -7,6 +7,7 @@ from torch import nn
 
 import zipvl_compile
 from zipvl_compile.pipeline import leaving_out
+from zipvl_compile.report.compile_report import collect
 
 
 class PerToken(nn.Module):
@@ -94,9 +95,9 @@ def hidden(model, ids, **options):
 
 def pruned(run, *given, **options):
     """Return what a call says of the projections of every layer."""
-    before = len(zipvl_compile.recent_reports())
-    run(*given, **options)
-    return [str(one) for report in zipvl_compile.recent_reports()[before:] for one in report.pruned]
+    with collect() as reports:
+        run(*given, **options)
+    return [str(one) for report in reports for one in report.pruned]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
