@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import TorchDispatchMode, flop_registry
 
 from zipvl_compile.kernels.common.masks import causal as is_causal
 from zipvl_compile.kernels.common.masks import take, visible
@@ -104,8 +103,10 @@ def _all_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sdpa(x: Arguments) -> int:
-    mask = x.get("attn_mask", x.get("attn_bias"))
-    return _flops(x["query"], x["value"], _all_rows(x["query"]), _all_rows(x["key"]), bool(x["is_causal"]), mask)
+    q, k, v, mask = x["query"], x["key"], x["value"], x.get("attn_mask", x.get("attn_bias"))
+    if mask is not None:
+        mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+    return _flops(q, v, _all_rows(q), _all_rows(k), bool(x["is_causal"]), mask)
 
 
 def _token_scores(x: Arguments) -> int:

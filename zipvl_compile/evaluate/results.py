@@ -64,11 +64,14 @@ def append_items(folder: Path, case: str, variant: str, items: Iterable[Mapping[
 
 
 def rounded(number: float) -> float:
-    """Return a number with six digits; counts stay whole."""
-    number = float(f"{number:.6g}") if abs(number) < 1e6 else round(number)
+    """Return a number with six digits, or a whole one where it is large.
+
+    Raises:
+        ValueError: no number, or infinity.
+    """
     if not math.isfinite(number):
         raise ValueError(f"value: expected a finite number, got {number}. The model returned no probabilities.")
-    return number
+    return float(f"{number:.6g}") if abs(number) < 1e6 else round(number)
 
 
 def newest(folder: Path) -> Rows:
