@@ -210,13 +210,12 @@ def evaluate(
         from zipvl_compile.evaluate import frontier
 
         _quiet()
-        given = {
+        given: dict[str, Any] = {
             "models": () if models is None and model else models and tuple(filter(None, models.split(","))),
             "variants": variants and tuple(name.strip() for name in variants.split(",")),
             "documents": documents, "tokens": tokens, "questions": questions,
         }  # fmt: skip
-        usual = frontier.QUICK_SETUP if quick else {}
-        changed = {**usual, **{name: value for name, value in given.items() if value is not None}}
+        changed = {**(frontier.QUICK_SETUP if quick else {}), **{name: value for name, value in given.items() if value is not None}}
         code = frontier.evaluate(
             Console(), frontier.Setup(**changed, split=split, output=output, model=model, data=data)
         )

@@ -13,10 +13,15 @@ from zipvl_compile.evaluate.variants import Options
 ALWAYS: dict[str, Any] = {"min_tokens": 0}
 
 
-def compiled_for(model: Any, options: Options) -> Any:
+def compiled_for(model: Any, options: Options, dynamic: bool | None = True) -> Any:
     """Return the model itself where there are no options, else a compiled copy with the same weights.
 
-    Nothing but the trace is compiled, once for prompts of every length; what was compiled for others is forgotten.
+    Nothing but the trace is compiled; what was compiled for others is forgotten.
+
+    Args:
+        model: stays as it is.
+        options: of the backend.
+        dynamic: True traces once for prompts of every length; None for those of one length, in 0.6 of the time.
     """
     if not options:
         return model

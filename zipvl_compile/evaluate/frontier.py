@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -53,7 +54,13 @@ class Setup:
 
 
 #: What --quick changes; what is given besides wins.
-QUICK_SETUP = {"models": (TINY_LVLM, "smollm2"), "variants": QUICK, "documents": 2, "tokens": 512, "questions": 36}
+QUICK_SETUP: dict[str, Any] = {
+    "models": (TINY_LVLM, "smollm2"),
+    "variants": QUICK,
+    "documents": 2,
+    "tokens": 512,
+    "questions": 36,
+}
 
 
 def evaluate(console: Console, setup: Setup) -> int:

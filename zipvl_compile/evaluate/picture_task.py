@@ -97,8 +97,8 @@ class PictureTask:
     def _inputs(self, question: DemoQuestion, scale: float) -> dict[str, torch.Tensor]:
         picture = question.image
         if scale < 1:
-            size = tuple(max(1, round(side * scale)) for side in picture.size)
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
+            width, height = (max(1, round(side * scale)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         return prompt_inputs(self.processor, picture, question.prompt, self.model.device)
 
 

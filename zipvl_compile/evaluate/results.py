@@ -47,20 +47,22 @@ def _cpu() -> str:
 
 def append(folder: Path, case: str, variant: str, metrics: Mapping[str, tuple[float, str]]) -> None:
     """Append measurements, `metric -> (value, unit)`, a line each, to the results in a folder."""
-    about = environment(Path(__file__).parent)
-    with (folder / LINES).open("a", encoding="utf-8") as out:
-        for metric, (number, unit) in metrics.items():
-            line = {"bench": BENCH, "case": case, "variant": variant, "metric": metric, "value": rounded(number)}
-            out.write(json.dumps(line | {"unit": unit} | about) + "\n")
+    base = {"bench": BENCH, "case": case, "variant": variant}
+    values = ({"metric": m, "value": rounded(number), "unit": unit} for m, (number, unit) in metrics.items())
+    _append(folder / LINES, (base | value | environment(Path(__file__).parent) for value in values))
 
 
 def append_items(folder: Path, case: str, variant: str, items: Iterable[Mapping[str, Any]]) -> None:
     """Append what every document or question gave, a line each, so that variants can be paired with each other."""
     about = environment(Path(__file__).parent)
-    with (folder / ITEMS).open("a", encoding="utf-8") as out:
-        for item in items:
-            line = {"case": case, "variant": variant, **item, "commit": about["commit"], "date": about["date"]}
-            out.write(json.dumps(line) + "\n")
+    when = {"commit": about["commit"], "date": about["date"]}
+    _append(folder / ITEMS, ({"case": case, "variant": variant, **item, **when} for item in items))
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines in one write: several processes may share a folder."""
+    with path.open("ab", buffering=0) as out:
+        out.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def rounded(number: float) -> float:

@@ -83,7 +83,7 @@ class TextTask:
             options: of the backend; none are the dense model, which comes first.
             advance: called after each document.
         """
-        model = compiled_for(self.model, options)
+        model = compiled_for(self.model, options, dynamic=None)  # one length
         if options:
             with warnings.catch_warnings():  # the continuations are what it warns of
                 warnings.filterwarnings("ignore", "zipvl: a later part of a prompt")
