@@ -215,7 +215,8 @@ def evaluate(
             "variants": variants and tuple(name.strip() for name in variants.split(",")),
             "documents": documents, "tokens": tokens, "questions": questions,
         }  # fmt: skip
-        changed = {**(frontier.QUICK_SETUP if quick else {}), **{name: value for name, value in given.items() if value is not None}}
+        changed = dict(frontier.QUICK_SETUP) if quick else {}
+        changed |= {name: value for name, value in given.items() if value is not None}
         code = frontier.evaluate(
             Console(), frontier.Setup(**changed, split=split, output=output, model=model, data=data)
         )
