@@ -24,8 +24,8 @@ class Quality(NamedTuple):
 
 
 QUALITIES = (
-    Quality("nll_minus_dense", "NLL gained over dense (nats)", -1),
-    Quality("rep_nll_minus_dense", "NLL of a repeated passage,\ngained over dense (nats)", -1),
+    Quality("nll_minus_dense", "dense NLL minus NLL (nats),\nup is better", -1),
+    Quality("rep_nll_minus_dense", "the same for a repeated passage,\nup is better", -1),
     Quality("accuracy_single_token_minus_dense", "single-token answers,\npoints gained over dense", 100),
     Quality("accuracy_multi_token_minus_dense", "multi-token answers,\npoints gained over dense", 100),
     Quality("accuracy_minus_dense", "answers, points gained over dense", 100),
