@@ -6,20 +6,17 @@ little about another; the results file names the machine all the same.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from zipvl_compile.evaluate.results import environment
 
 RESULTS = Path(os.environ.get("ZIPVL_RESULTS", Path(__file__).parent / "results"))
 KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
@@ -106,33 +103,11 @@ def amdahl(total: float, attention: float, cost: float) -> float:
     return total / (total - attention + cost * attention)
 
 
-@cache
-def _environment() -> dict[str, str]:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
-    return {
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "triton": version("triton"),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def report(file: str, bench: str, case: str, variant: str, **metrics: tuple[float, str]) -> None:
     """Append measurements, `metric=(value, unit)`, to `results/file.jsonl` and print them."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{file}.jsonl").open("a") as out:
         for metric, (value, unit) in metrics.items():
             line = {"bench": bench, "case": case, "variant": variant, "metric": metric, "value": round(value, 4)}
-            out.write(json.dumps(line | {"unit": unit} | _environment()) + "\n")
+            out.write(json.dumps(line | {"unit": unit} | environment(Path(__file__).parent)) + "\n")
     print(f"{bench} {case} {variant}: " + ", ".join(f"{m} {v:.3g} {u}" for m, (v, u) in metrics.items()))

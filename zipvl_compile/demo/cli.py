@@ -1,4 +1,4 @@
-"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl measure`, `zipvl --version`."""
+"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl eval`, `zipvl measure`, `zipvl --version`."""
 
 from __future__ import annotations
 
@@ -190,6 +190,37 @@ def measure(
             if old:
                 typer.echo(f"was: {old}")
             typer.echo(renewed(where, kind))
+
+
+@app.command("eval")
+def evaluate(
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: few variants, documents, questions.")] = False,
+    models: Annotated[str | None, typer.Option(help="[default: tiny_lvlm,smollm2,gemma3, without --model]")] = None,
+    variants: Annotated[str | None, typer.Option(help="Names with commas between [default: all].")] = None,
+    split: Annotated[str, typer.Option(help="report, or choose: what options may be tuned on.")] = "report",
+    documents: Annotated[int | None, typer.Option(min=1, help="Most of them, a language model [default: 12].")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of a document in the prompt [default: 1024].")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="To an LVLM [default: 180].")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("zipvl-eval"),
+    model: Annotated[str | None, typer.Option(help="Local folder or hub name of another model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Lines of image, question, answer for --model, an LVLM.")] = None,
+) -> None:
+    """Measure quality against kept tokens, KV bytes and FLOPs, for dense and every variant; draw the frontier."""
+    with _readable_errors():
+        from zipvl_compile.evaluate import frontier
+
+        _quiet()
+        given: dict[str, Any] = {
+            "models": () if models is None and model else models and tuple(filter(None, models.split(","))),
+            "variants": variants and tuple(name.strip() for name in variants.split(",")),
+            "documents": documents, "tokens": tokens, "questions": questions,
+        }  # fmt: skip
+        changed = dict(frontier.QUICK_SETUP) if quick else {}
+        changed |= {name: value for name, value in given.items() if value is not None}
+        code = frontier.evaluate(
+            Console(), frontier.Setup(**changed, split=split, output=output, model=model, data=data)
+        )
+    raise typer.Exit(code)
 
 
 def _check_output(output: Path) -> None:
