@@ -153,7 +153,7 @@ FORMULAS: dict[str, Callable[[Arguments], int]] = {
 FREE = frozenset(
     f"zipvl::{name}"
     for name in (
-        "append_tokens", "append_tokens_torch", "gather_kv", "gather_tokens", "hiding_rows", "kv_view",
+        "append_tokens", "append_tokens_torch", "gather_kv", "gather_tokens", "held_rows", "hiding_rows", "kv_view",
         "probe_positions", "select_tokens", "token_positions", "with_room",
     )
 )  # fmt: skip

@@ -23,7 +23,7 @@ from PIL import Image
 from zipvl_compile.demo.compare import answer
 from zipvl_compile.demo.prompts import prompt_inputs, read_image
 from zipvl_compile.demo.tiny_lvlm.evaluate import DemoQuestion, exact_match, questions_for_demo
-from zipvl_compile.evaluate.compiled import compiled_for
+from zipvl_compile.evaluate.compiled import Compiled
 from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.measures import Item
 from zipvl_compile.evaluate.variants import PICTURE_SCALE, Options
@@ -42,6 +42,7 @@ class PictureTask:
 
     def __init__(self, name: str, model: Any, processor: Any, questions: Sequence[DemoQuestion], what: str):
         self.model, self.processor, self.questions = model, processor, list(questions)
+        self._compiled = Compiled(model)
         self.count = len(self.questions)
         self.case = f"{name}, {self.count} {what}"
         self._dense: list[str] = []
@@ -65,16 +66,25 @@ class PictureTask:
             advance: called after each question.
         """
         scale = options.get(PICTURE_SCALE, 1.0)
-        model = compiled_for(self.model, {key: options[key] for key in options if key != PICTURE_SCALE})
+        of_backend = {key: options[key] for key in options if key != PICTURE_SCALE}
         prompts = [self._inputs(question, scale) for question in self.questions]
-        if model is not self.model:
-            answer(model, self.processor, prompts[0], 1)  # compile
-        answers, items = [], []
+        with self._compiled.as_variant(of_backend) as (model, new):
+            if new:
+                answer(model, self.processor, prompts[0], 1)
+            items = self._ask(model, prompts, scale, advance)
+        answers = [item["answer"] for item in items]
+        if not options:
+            self._dense = answers
+        for item, text, dense in zip(items, answers, self._dense, strict=True):
+            item["agreement"] = float(text == dense)
+        return items
+
+    def _ask(self, model: Any, prompts: list[Any], scale: float, advance: Callable[[], None]) -> list[Item]:
+        items = []
         for question, prompt, length in zip(self.questions, prompts, self._lengths, strict=True):
             with CountedFlops() as counted:
                 first = answer(model, self.processor, prompt, 1)
             text = answer(model, self.processor, prompt, MAX_NEW_TOKENS).text
-            answers.append(text)
             whole = self._inputs(question, 1.0)["input_ids"].shape[1] if scale < 1 else first.prompt_length
             kept = [len(positions) / whole for positions in first.kept if positions is not None]
             items.append({
@@ -88,10 +98,6 @@ class PictureTask:
                 "prefill_flops": counted.total,
             })  # fmt: skip
             advance()
-        if not options:
-            self._dense = answers
-        for item, text, dense in zip(items, answers, self._dense, strict=True):
-            item["agreement"] = float(text == dense)
         return items
 
     def _inputs(self, question: DemoQuestion, scale: float) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.callers import LOGITS_TO_KEEP
-from zipvl_compile.evaluate.compiled import compiled_for
+from zipvl_compile.evaluate.compiled import Compiled
 from zipvl_compile.evaluate.documents import Document
 from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.measures import Item, agreement, kept_share, kl, kv_bytes, nll
@@ -55,7 +55,7 @@ class TextTask:
         """
         if tokens < 2 * (CUE + REPEATED):
             raise ValueError(f"--tokens: expected at least {2 * (CUE + REPEATED)}, got {tokens}. Use 1024.")
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self._compiled = model, tokens, Compiled(model)
         texts = [(one.name, tokenizer(one.text, return_tensors="pt").input_ids.to(model.device)) for one in documents]
         self.prompts = [
             (of, ids[:, : tokens + CONTINUATION]) for of, ids in texts if ids.shape[1] >= tokens + CONTINUATION
@@ -83,17 +83,16 @@ class TextTask:
             options: of the backend; none are the dense model, which comes first.
             advance: called after each document.
         """
-        model = compiled_for(self.model, options, dynamic=None)  # one length
-        if options:
-            with warnings.catch_warnings():  # the continuations are what it warns of
-                warnings.filterwarnings("ignore", "zipvl: a later part of a prompt")
-                self._measure(model, *self.prompts[0], 0)  # compile
-        else:
+        if not options:
             self._dense = []
         items = []
-        for index, (name, ids) in enumerate(self.prompts):
-            items.append(self._measure(model, name, ids, index))
-            advance()
+        with warnings.catch_warnings(), self._compiled.as_variant(options, dynamic=None) as (model, new):  # one length
+            warnings.filterwarnings("ignore", "zipvl: a later part of a prompt")  # the continuations are
+            if new:
+                self._measure(model, *self.prompts[0], 0)
+            for index, (name, ids) in enumerate(self.prompts):
+                items.append(self._measure(model, name, ids, index))
+                advance()
         return items
 
     def _measure(self, model: Any, name: str, ids: torch.Tensor, index: int) -> Item:

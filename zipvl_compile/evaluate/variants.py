@@ -10,30 +10,43 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.policies.presets import PRESETS
 
 Options = Mapping[str, Any]
 DENSE = "dense"
 #: The one key that is no option of the backend: the side of the picture, as a fraction of its own, for the dense model.
 PICTURE_SCALE = "picture_scale"
 
+RATIOS = (0.7, 0.4, 0.2)
+
+
+def _rows(name: str, options: Options, option: str, values: Iterable[float]) -> dict[str, Options]:
+    """Return a rule at several budgets, which share one trace where they follow each other."""
+    return {f"{name} {value}": {**options, option: value} for value in values}
+
+
 VARIANTS: dict[str, Options] = {
     DENSE: {},
-    "tau 0.99": {"tau": 0.99},
-    "tau 0.975": {"tau": 0.975},
-    "tau 0.9": {"tau": 0.9},
-    "tau 0.8": {"tau": 0.8},
-    "queries=all tau 0.99": {"tau": 0.99, "queries": "all"},
-    "queries=all tau 0.975": {"tau": 0.975, "queries": "all"},
-    "queries=all tau 0.9": {"tau": 0.9, "queries": "all"},
-    "queries=all tau 0.8": {"tau": 0.8, "queries": "all"},
-    "keep_ratio 0.7": {"keep_ratio": 0.7},
-    "keep_ratio 0.4": {"keep_ratio": 0.4},
-    "keep_ratio 0.2": {"keep_ratio": 0.2},
+    **_rows("paper", {"policy": "paper"}, "tau", (0.99, 0.975, 0.9, 0.8)),
+    **_rows("paper, floor .25", {"policy": "paper", "floor": 0.25}, "tau", (0.9, 0.8)),
+    **_rows("fixed ratio", {"policy": "fixed_ratio"}, "keep_ratio", RATIOS),
+    **_rows("hold", {"policy": "hold"}, "tau", (0.975, 0.9, 0.8)),
+    **_rows("all queries", {"policy": "paper", "unselected": "all"}, "tau", (0.975, 0.9, 0.8)),
+    **_rows("window", {"policy": "window"}, "tau", (0.99, 0.975, 0.9, 0.8)),
+    **_rows("window, fixed ratio", {"policy": "window"}, "keep_ratio", RATIOS),
+    **_rows("kept and window", {"policy": "window", "kept_window": True}, "tau", (0.99, 0.975, 0.9, 0.8)),
+    **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.975, 0.9, 0.8)),
+    **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", RATIOS),
+    **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", RATIOS),
+    **_rows("streaming", {"policy": "streaming"}, "keep_ratio", RATIOS),
+    **_rows("random", {"policy": "random_tokens"}, "keep_ratio", RATIOS),
+    **_rows("fastv", {"policy": "fastv"}, "keep_ratio", (0.5,)),
+    **{f"preset {name}": {"preset": name} for name in PRESETS},
     "picture x 0.84": {PICTURE_SCALE: 0.84},
     "picture x 0.63": {PICTURE_SCALE: 0.63},
     "picture x 0.45": {PICTURE_SCALE: 0.45},
 }
-QUICK = (DENSE, "tau 0.975", "keep_ratio 0.4")
+QUICK = (DENSE, "paper 0.975", "window 0.9")
 
 
 def chosen(names: Iterable[str] | None = None) -> dict[str, Options]:
