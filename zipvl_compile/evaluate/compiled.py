@@ -22,6 +22,18 @@ from zipvl_compile.per_request import settings
 ALWAYS: dict[str, Any] = {"min_tokens": 0}
 
 
+def compiled_for(model: Any, options: Options, dynamic: bool | None = True) -> Any:
+    """Return a compiled copy of a model with the same weights; nothing but the trace is compiled.
+
+    Args:
+        model: stays as it is; what was compiled before is forgotten.
+        options: of the backend.
+        dynamic: True traces once for prompts of every length; None for those of one length, in 0.6 of the time.
+    """
+    torch.compiler.reset()
+    return compiled_copy(model, {**ALWAYS, **options}, "eager", dynamic=dynamic)
+
+
 class Compiled:
     """A model, and the last copy of it that was compiled."""
 
@@ -34,11 +46,9 @@ class Compiled:
     def as_variant(self, options: Options, dynamic: bool | None = True) -> Iterator[tuple[Any, bool]]:
         """Give the model itself where there are no options, else a compiled copy with the same weights.
 
-        Nothing but the trace is compiled; what was compiled for another rule is forgotten.
-
         Args:
             options: of the backend.
-            dynamic: True traces once for prompts of every length; None for those of one length, in 0.6 of the time.
+            dynamic: see `compiled_for`.
 
         Yields:
             The model, and whether it has to be traced before it is measured.
@@ -50,24 +60,26 @@ class Compiled:
         rule, numbers = _rule_of(parsed), _numbers_of(parsed.budget)
         new = rule is None or (rule, dynamic) != self._rule
         if new:
-            torch.compiler.reset()
-            self._copy = compiled_copy(self.model, {**ALWAYS, **options}, "eager", dynamic=dynamic)
+            self._copy = compiled_for(self.model, options, dynamic)
             self._rule = (rule, dynamic)
         with settings(**({} if rule is None else numbers)):
             yield self._copy, new
 
 
 def _rule_of(options: ZipVLOptions) -> ZipVLOptions | None:
-    """Return options without the numbers of their budget; None where every token is kept, which is a rule of its own."""
+    """Return options without the numbers of their budget; None where every token is kept: a rule of its own."""
     if options.keeps_all:
         return None
-    budget = {field.name: field.default for field in dataclasses.fields(Budget)}
-    return dataclasses.replace(options, preset=None, policy=None, **budget)
+    usual = Budget()
+    return dataclasses.replace(
+        options, preset=None, policy=None, tau=usual.tau, keep_ratio=None, keep_tokens=None, floor=usual.floor
+    )
 
 
 def _numbers_of(budget: Budget) -> dict[str, Any]:
     """Return what `settings` takes for a budget."""
-    fixed = (
-        "keep_tokens" if budget.keep_tokens is not None else "keep_ratio" if budget.keep_ratio is not None else "tau"
-    )
-    return {fixed: getattr(budget, fixed), "floor": budget.floor}
+    if budget.keep_tokens is not None:
+        return {"keep_tokens": budget.keep_tokens, "floor": budget.floor}
+    if budget.keep_ratio is not None:
+        return {"keep_ratio": budget.keep_ratio, "floor": budget.floor}
+    return {"tau": budget.tau, "floor": budget.floor}

@@ -28,13 +28,13 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_the_bundled_model_from_the_command_line(tmp_path):
-    result = run("--models", "tiny_lvlm", "--variants", "keep_ratio 0.4,picture x 0.63", "--questions", 9,
+    result = run("--models", "tiny_lvlm", "--variants", "fixed ratio 0.4,picture x 0.63", "--questions", 9,
                  "--output", tmp_path / "made")  # fmt: skip
     assert result.exit_code == 0, result.output
     case = "tiny_lvlm, 9 held-out questions (report)"
     rows = newest(tmp_path / "made")
-    assert list(rows) == [(case, "dense"), (case, "keep_ratio 0.4")], "the baseline that is none is left out"
-    sparse = rows[case, "keep_ratio 0.4"]
+    assert list(rows) == [(case, "dense"), (case, "fixed ratio 0.4")], "the baseline that is none is left out"
+    sparse = rows[case, "fixed ratio 0.4"]
     assert sparse["kept"] == pytest.approx(0.4, abs=0.01) and sparse["kv_bytes_of_dense"] == pytest.approx(
         0.4, abs=0.01
     )
@@ -45,7 +45,7 @@ def test_the_bundled_model_from_the_command_line(tmp_path):
     for file in (LINES, ITEMS):
         assert all(json.loads(line) for line in (tmp_path / "made" / file).read_text().splitlines())
     with (tmp_path / "made" / TABLE).open(newline="") as table:
-        assert [row["variant"] for row in csv.DictReader(table)] == ["dense", "keep_ratio 0.4"]
+        assert [row["variant"] for row in csv.DictReader(table)] == ["dense", "fixed ratio 0.4"]
     assert Image.open(tmp_path / "made" / "frontier.png").size[0] > 1000
     assert "frontier.csv" in result.output.replace("\n", "")
 
@@ -56,7 +56,7 @@ def test_a_model_and_questions_of_ones_own(tmp_path):
     row = {"image": "a.png", "question": "read all digits :", "answer": "1 2"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     result = run(
-        "--model", CHECKPOINT, "--data", tmp_path / "data.jsonl", "--variants", "tau 0.9", "--output", tmp_path
+        "--model", CHECKPOINT, "--data", tmp_path / "data.jsonl", "--variants", "paper 0.9", "--output", tmp_path
     )
     assert result.exit_code == 0, result.output
     assert [case for case, _ in newest(tmp_path)] == ["checkpoint, 1 questions of data.jsonl"] * 2
