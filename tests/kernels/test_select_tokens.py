@@ -13,6 +13,7 @@ from support.implementations import gpu_only, triton_only
 from zipvl_compile.kernels import select_tokens_triton as module
 from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.kernels.select_tokens import select_tokens
+from zipvl_compile.kernels.select_tokens_torch import fewest_tokens, protect
 from zipvl_compile.kernels.token_scores import token_scores
 
 TAUS = [0.5, 0.9, 0.975, 1.0]
@@ -86,6 +87,14 @@ def test_keep_ratio(paper, cases, n, ratio, keep_recent):
     accumulated, visible = token_scores(q, k, recent_probes=8, random_probes=8)
     kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
     assert (kept[..., -1] == n - 1).all()
+
+
+def test_what_is_protected_ranks_with_the_newest():
+    scores_, visible = torch.rand(2, 1, 6), torch.tensor([[0.0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = protect(scores_, visible, 2, torch.tensor([-1]))
+    assert found.isinf().int().tolist() == [[[0, 0, 1, 1, 0, 1]], [[1, 1, 0, 0, 0, 1]]]
+    assert torch.equal(found[~found.isinf()], scores_[~found.isinf()])
+    assert fewest_tokens(torch.tensor([[[4.0, 2, 1, 1]]]), 0.75).tolist() == [[2]]
 
 
 @pytest.mark.parametrize("ranked", [False, True], ids=["paper", "ranking"])

@@ -6,6 +6,7 @@ import torch
 
 from zipvl_compile.kernels.probe_rows import STRIDED, probe_rows, shuffled_order
 from zipvl_compile.passes.policy import EVERY_ROW
+from zipvl_compile.passes.prefill.ranking import insert
 from zipvl_compile.passes.settings import Settings
 
 N, PROBES = 20, {"recent_probes": 6, "random_probes": 6, "seed": 3}
@@ -83,3 +84,7 @@ def test_a_drawn_order_is_a_fair_one():
     best = order.argsort()[-2000:]
     parts = torch.histc(best.double(), bins=10, min=0, max=10_000)
     assert parts.min() > 140 and parts.max() < 260, "about 200 of each tenth"
+
+
+def test_the_rule_of_the_paper_ranks_in_the_operator():
+    assert insert(None, None, None, None, Settings(), None) is None

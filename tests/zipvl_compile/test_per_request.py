@@ -9,6 +9,7 @@ from support.quiet import one_thread_without_gradients  # noqa: F401
 
 import zipvl_compile
 from zipvl_compile.options import OptionError
+from zipvl_compile.per_request import settings
 
 N = 100
 
@@ -39,7 +40,7 @@ def test_every_number_equals_that_of_a_model_compiled_for_it(inner):
     asked = [{"tau": 0.5}, {"keep_ratio": 0.3}, {"keep_tokens": 7}, {"floor": 0.95}, {"tau": 1.0}]
     found = []
     for numbers in asked:
-        with zipvl_compile.settings(**numbers):
+        with settings(**numbers):
             found.append(prefill(model))
     assert kept(model) == usual
     assert len(zipvl_compile.recent_reports()) == before, "nothing was compiled"
@@ -57,20 +58,20 @@ def test_a_model_compiled_for_a_fixed_number_takes_others(options):
     model = compiled(**options)
     usual = kept(model)
     assert usual == [60, 60] or usual == [50, 50]
-    with zipvl_compile.settings(keep_ratio=0.25):
+    with settings(keep_ratio=0.25):
         assert kept(model) == [25, 25]
-    with zipvl_compile.settings(tau=0.5):
+    with settings(tau=0.5):
         assert all(count < 60 for count in kept(model))
 
 
 def test_blocks_nest_and_the_inner_one_decides():
     model = compiled(tau=0.9)
     kept(model)
-    with zipvl_compile.settings(keep_ratio=0.3):
+    with settings(keep_ratio=0.3):
         assert kept(model) == [30, 30]
-        with zipvl_compile.settings(floor=0.5):
+        with settings(floor=0.5):
             assert kept(model) == [50, 50], "the ratio of the outer block, and a floor"
-        with zipvl_compile.settings(keep_tokens=4):
+        with settings(keep_tokens=4):
             assert kept(model) == [4, 4]
         assert kept(model) == [30, 30]
 
@@ -79,7 +80,7 @@ def test_another_thread_is_not_concerned():
     model = compiled(keep_ratio=0.5)
     kept(model)
     found = []
-    with zipvl_compile.settings(keep_ratio=0.2):
+    with settings(keep_ratio=0.2):
         other = threading.Thread(target=lambda: found.append(torch.no_grad()(kept)(model)))
         other.start()
         other.join()
@@ -90,7 +91,7 @@ def test_another_thread_is_not_concerned():
 def test_generate_over_the_cache_that_a_request_asked_for():
     model, x = compiled(tau=0.9), tiny_llama.prompt(N)
     model.generate(x, max_new_tokens=4, do_sample=False)
-    with zipvl_compile.settings(tau=1.0):
+    with settings(tau=1.0):
         found = model.generate(x, max_new_tokens=8, do_sample=False)
     assert found.tolist() == tiny_llama.model().generate(x, max_new_tokens=8, do_sample=False).tolist()
 
@@ -98,7 +99,7 @@ def test_generate_over_the_cache_that_a_request_asked_for():
 def test_a_model_that_keeps_every_token_says_so():
     model = compiled(tau=1.0)
     kept(model)
-    with zipvl_compile.settings(tau=0.5), pytest.raises(OptionError, match=r"got tau=0\.5 for one that was compiled"):
+    with settings(tau=0.5), pytest.raises(OptionError, match=r"got tau=0\.5 for one that was compiled"):
         kept(model)
     assert kept(model) == [N, N]
 
@@ -114,5 +115,5 @@ def test_a_model_that_keeps_every_token_says_so():
     ids=str,
 )
 def test_bad_numbers(numbers, text):
-    with pytest.raises(OptionError, match=text), zipvl_compile.settings(**numbers):
+    with pytest.raises(OptionError, match=text), settings(**numbers):
         raise AssertionError("the block must not run")
