@@ -6,7 +6,9 @@
 
 `cap` is the softcap of Gemma 2, `c * tanh(s / c)`, where the model has one. R is the `recent_probes` newest
 rows and `random_probes` rows drawn, seeded, from the others. `accumulated / visible` is the normalised score, which
-does not favour old tokens only because more rows can see them.
+does not favour old tokens only because more rows can see them. Where attention is spread it still does: an early row
+shares its attention among few tokens. `even` weighs each row by the share of the prompt that it sees, so that a row
+that looks at all its tokens alike gives the same to each, wherever it stands.
 
 On a GPU two kernels make two passes over the keys: softmax statistics of every probe row, then column sums. No score is
 ever in memory, and the query heads of one KV head share the keys that they read. Inductor compiles the kernels with the
@@ -24,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
-from zipvl_compile.kernels.common.masks import rows_that_see
+from zipvl_compile.kernels.common.masks import rows_that_see, share_seen
 from zipvl_compile.kernels.common.tiles import (
     capped,
     dot,
@@ -170,14 +172,15 @@ def _tiling(dtype: torch.dtype, block_d: int, rows: int) -> dict[str, int]:
 @torch.library.triton_op("zipvl::token_scores", mutates_args=())
 def _token_scores(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int, kernel_: str = "auto",
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int, even: bool = False,
+    kernel_: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if not is_traced(q):
         _check(q, k, mask, recent_probes + random_probes, groups)
     (batch, query_heads, given, width), (_, kv_heads, n, _) = q.shape, k.shape
     if not use_triton("token_scores", kernel_, q, k) or q.numel() == 0 or k.numel() == 0:
         probes = (recent_probes, random_probes, seed)
-        return token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups)
+        return token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups, even)
     q, k = unit_stride(q), unit_stride(k)
     rows = probe_positions(k, recent_probes, random_probes, seed)
     factor, m = query_heads // kv_heads, rows.shape[0]
@@ -204,6 +207,9 @@ def _token_scores(
     launchable(_join_statistics_kernel, q)[((count + 127) // 128,)](
         maxima, sums, norms, count, used, SPLITS=MAX_SPLITS, BLOCK=128, num_warps=4
     )
+    if even:
+        shares = share_seen(mask, rows, is_causal, n, torch.float32).log2().expand(batch, query_heads, m)
+        norms = norms - shares.reshape(count)
     launchable(_column_sums_kernel, q)[grid](**common, norms=norms, out=weights)
     return weights.sum(2) / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, torch.float32)
 
@@ -240,6 +246,7 @@ def token_scores(
     random_probes: int = 64,
     seed: int = 0,
     groups: int = 1,
+    even: bool = False,
     kernel: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure every token's accumulated attention score on the probe rows.
@@ -253,6 +260,7 @@ def token_scores(
         softcap: of the scaled scores; None is none.
         recent_probes, random_probes, seed: the probe rows, see `probe_rows`.
         groups: 1 averages all heads, `Hkv` keeps a score per KV head.
+        even: weigh each probe row by the share of the prompt that it sees.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
@@ -264,4 +272,4 @@ def token_scores(
     Source: ZipVL (arXiv 2410.08584), accumulated and normalised attention scores on probe tokens.
     """
     probes = (recent_probes, random_probes, seed)
-    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, *probes, groups, kernel)
+    return torch.ops.zipvl.token_scores(q, k, mask, is_causal, scale, softcap, *probes, groups, even, kernel)

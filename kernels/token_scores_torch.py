@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from zipvl_compile.kernels.common.dense_attention import soft_capped
-from zipvl_compile.kernels.common.masks import causal, rows_that_see, seen
+from zipvl_compile.kernels.common.masks import causal, rows_that_see, seen, share_seen
 from zipvl_compile.kernels.probe_rows import cached_probe_rows
 
 BLOCK_SCORES = 1 << 18  # scores that are computed at a time, 1 MiB: others may be using the last level of cache
@@ -63,7 +63,7 @@ def _mask_of(mask: torch.Tensor, block: _Block, is_causal: bool) -> _BlockMask:
 @torch.library.custom_op("zipvl::token_scores_torch", mutates_args=())
 def _scores_torch(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int,
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int, even: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     rows = cached_probe_rows(k.shape[2], recent_probes, random_probes, seed, q.device)  # [m]
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -74,6 +74,7 @@ def _scores_torch(
     factor = query_heads // kv_heads
     step = max(max(BLOCK_SCORES // max(n, 1), LEAST_ROWS) // factor, 1)
     blocks = _blocks(n, recent_probes, random_probes, seed, q.device, is_causal, step)
+    weights = share_seen(mask, rows, is_causal, n, dtype).expand(batch, query_heads, -1) if even else None
     space = probes.new_empty(min(step, m) * factor * n)
     for b in range(batch):
         shared: dict[int, _BlockMask] = {}  # by block, of a mask that is the same for all heads
@@ -105,12 +106,12 @@ def _scores_torch(
                     torch.softmax(flat, -1, out=flat)
                     # A row that sees nothing is padding: it gives no score and does not count.
                     scores.masked_fill_(own.blind, 0.0)
-                total[: block.end] += flat.sum(0)
+                total[: block.end] += flat.sum(0) if weights is None else weights[b, heads, block.rows].flatten() @ flat
     return accumulated / (query_heads // groups), rows_that_see(mask, rows, is_causal, batch, n, dtype)
 
 
 @_scores_torch.register_fake
-def _(q, k, mask, is_causal, scale, softcap, recent_probes, random_probes, seed, groups):
+def _(q, k, mask, is_causal, scale, softcap, recent_probes, random_probes, seed, groups, even=False):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, n = q.shape[0], k.shape[2]
     return q.new_empty(batch, groups, n, dtype=dtype), q.new_empty(batch, n, dtype=dtype)
@@ -118,8 +119,8 @@ def _(q, k, mask, is_causal, scale, softcap, recent_probes, random_probes, seed,
 
 def token_scores_torch(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int,
+    softcap: float | None, recent_probes: int, random_probes: int, seed: int, groups: int, even: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return what `token_scores` returns, for inputs that it has checked."""
     probes = (recent_probes, random_probes, seed)
-    return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups)
+    return torch.ops.zipvl.token_scores_torch(q, k, mask, is_causal, scale, softcap, *probes, groups, even)

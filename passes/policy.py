@@ -15,7 +15,7 @@ from zipvl_compile.kernels.probe_rows import STRIDED
 
 EVERY_ROW = 1 << 30  # probe rows: more than any prompt has
 
-Score = Literal["normalised", "accumulated", "value", "recent", "random"]
+Score = Literal["normalised", "accumulated", "even", "value", "recent", "random"]
 Unselected = Literal["zero", "hold", "window", "all"]
 
 
@@ -29,8 +29,9 @@ class Policy:
         draw: how: "random", or "strided" at equal distances.
         seed: of the random draw, and of the score "random".
         score: what tokens rank by. "normalised": attention by the probe rows that may see the token, on average (the
-            paper); "accumulated": its sum; "value": as normalised, times the norm of the value; "recent": the newest
-            first; "random": drawn.
+            paper); "accumulated": its sum; "even": as normalised, each row weighed by the share of the prompt that it
+            sees, which favours no early token; "value": as normalised, times the norm of the value; "recent": the
+            newest first; "random": drawn.
         pooling: average of that many neighbouring scores, odd; 1 is none (tokens).
         tau, keep_ratio, keep_tokens, floor: how many tokens a layer keeps, see `Budget`.
         keep_recent: newest tokens that are always kept.

@@ -52,6 +52,22 @@ def rows_that_see(
     return count.to(dtype).expand(batch, -1).contiguous()
 
 
+def share_seen(
+    mask: torch.Tensor | None, rows: torch.Tensor, is_causal: bool, n: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return what share of n keys each of the query positions `rows [m]` sees: `[B or 1, H or 1, m]`, in [0, 1].
+
+    `mask` is over the whole prompt, `dtype` that of the result.
+    """
+    if mask is not None:
+        count = seen(mask if mask.shape[2] == 1 else mask.index_select(2, rows), rows, is_causal).sum(-1)
+    elif is_causal:
+        count = (rows + 1)[None, None]
+    else:
+        count = torch.full_like(rows, n)[None, None]
+    return count.to(dtype) / n
+
+
 def take(mask: torch.Tensor, batch: int, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
     """Gather mask rows and columns by positions.
 

@@ -100,6 +100,7 @@ class TokenScoresCall(OpCall):
     random_probes: int
     seed: int
     groups: int
+    even: bool = False
     kernel_: str = "auto"
 
 

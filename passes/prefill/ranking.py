@@ -29,7 +29,7 @@ def insert(accumulated: Node, visible: Node, key: Node, value: Node, policy: Pol
         accumulated, visible: `[B, G, n]` and `[B, n]`, as token_scores returned them.
         key, value: `[B, Hkv, n, D]` and `[B, Hkv, n, Dv]`.
     """
-    if policy.score == "normalised" and policy.pooling == 1:
+    if policy.score in ("normalised", "even") and policy.pooling == 1:
         return None
 
     def call(target, *args, **kwargs) -> Node:
@@ -37,7 +37,7 @@ def insert(accumulated: Node, visible: Node, key: Node, value: Node, policy: Pol
 
     shown = call(torch.unsqueeze, visible, 1)  # [B, 1, n]
     ranking = accumulated
-    if policy.score in ("normalised", "value"):
+    if policy.score in ("normalised", "even", "value"):
         ranking = call(torch.div, accumulated, call(torch.clamp, shown, min=1))
     if policy.score == "value":
         groups = example(accumulated).shape[1]

@@ -91,6 +91,7 @@ def select(
     scores = TokenScoresCall(
         q=attention.query, k=key, mask=rows, is_causal=is_causal, scale=attention.scale, softcap=attention.softcap,
         recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed, groups=1,
+        even=settings.score == "even",
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
     keep_recent, protected = always_kept(site, demanded, settings)

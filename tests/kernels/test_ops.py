@@ -8,6 +8,7 @@ import torch
 from torch._inductor.ir import FallbackKernel
 from torch.library import opcheck
 
+from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.kernels.ops import OPERATORS, ops
 
 TESTS = Path(__file__).parent
@@ -76,7 +77,9 @@ def check(op, *args):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_token_scores(dtype, masked, groups, softcap):
     q, k, _, _, mask = tensors(dtype)
-    check(ops.token_scores.default, q, k, mask if masked else None, not masked, 0.3, softcap, 4, 3, 0, groups)
+    given = (q, k, mask if masked else None, not masked, 0.3, softcap, 4, 3, 0, groups)
+    check(ops.token_scores.default, *given)
+    check(ops.token_scores.default, *given, True)
 
 
 # Under tau < 1 the number of kept tokens depends on the data. opcheck's dynamic-shape check needs no flag for it: it
@@ -88,6 +91,8 @@ def test_select_tokens(rule, keep_recent):
     scores, visible = torch.ops.zipvl.token_scores(q, k, None, True, 1.0, None, 4, 3, 0, 1)
     check(ops.select_tokens.default, scores, visible, *rule, keep_recent)
     check(ops.select_tokens.default, scores, visible, *rule, keep_recent, torch.tensor([2, 0]))
+    others = (torch.tensor([2, 0]), None, 0.3, 1, scores * 2, Budget(tau=0.5).as_tensor())
+    check(ops.select_tokens.default, scores, visible, *rule, keep_recent, *others)
 
 
 def test_gather_kv():
@@ -177,6 +182,10 @@ def test_window_attention(masked, kept_window, softcap):
     kept = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
     given = (q, k, v, *kept, positions, torch.ones(2, 10), mask if masked else None, not masked, 0.3, softcap)
     check(ops.window_attention.default, *given, 3, 2, kept_window)
+
+
+def test_held_rows():
+    check(ops.held_rows.default, torch.tensor([[[0, 2, 5]], [[1, 2, 3]]]), 7)
 
 
 def test_every_operator_is_checked():

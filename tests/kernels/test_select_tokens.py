@@ -9,15 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare_kernels import KERNELS
 from support.implementations import gpu_only, triton_only
+from support.scores import RULES, drawn, same
 
-from zipvl_compile.kernels import select_tokens_triton as module
 from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.kernels.select_tokens import select_tokens
-from zipvl_compile.kernels.select_tokens_torch import fewest_tokens, protect
 from zipvl_compile.kernels.token_scores import token_scores
 
 TAUS = [0.5, 0.9, 0.975, 1.0]
-RULES = ({"tau": 0.5, "keep_recent": 5}, {"tau": 0.975}, {"keep_ratio": 0.3}, {"keep_ratio": 1e-6, "keep_recent": 3})
 BUDGETS = {
     "tokens": {"keep_tokens": 7},
     "more tokens than there are": {"keep_tokens": 700},
@@ -36,27 +34,11 @@ def scores(*rows, visible=None):
     return accumulated, seen
 
 
-def drawn(n, batch=2, groups=1, seed=0, levels=0):
-    """Return skewed scores with some tokens that nobody sees; `levels` makes ties."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(batch, groups, n, generator=generator) ** 6
-    seen = torch.randint(0, 5, (batch, n), generator=generator).float()
-    x = x * (seen > 0).unsqueeze(1)
-    return ((x * levels).round() / levels if levels else x), seen
-
-
 def select(implementation, accumulated, visible, **options):
     """Return a selection from scores in the finest dtype that the implementation takes."""
     return implementation.run(
         select_tokens, accumulated.to(implementation.finest), visible.to(implementation.finest), **options
     )
-
-
-def same(implementation, accumulated, visible, **options):
-    """Assert that a kernel selects what sorting selects; return it."""
-    got = implementation.run(select_tokens, accumulated, visible, **options)
-    assert torch.equal(got, select_tokens(accumulated, visible, **options | {"kernel": "torch"}))
-    return got
 
 
 def check(paper, accumulated, visible, **options):
@@ -87,14 +69,6 @@ def test_keep_ratio(paper, cases, n, ratio, keep_recent):
     accumulated, visible = token_scores(q, k, recent_probes=8, random_probes=8)
     kept = check(paper, accumulated, visible, keep_ratio=ratio, keep_recent=keep_recent)
     assert (kept[..., -1] == n - 1).all()
-
-
-def test_what_is_protected_ranks_with_the_newest():
-    scores_, visible = torch.rand(2, 1, 6), torch.tensor([[0.0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    found = protect(scores_, visible, 2, torch.tensor([-1]))
-    assert found.isinf().int().tolist() == [[[0, 0, 1, 1, 0, 1]], [[1, 1, 0, 0, 0, 1]]]
-    assert torch.equal(found[~found.isinf()], scores_[~found.isinf()])
-    assert fewest_tokens(torch.tensor([[[4.0, 2, 1, 1]]]), 0.75).tolist() == [[2]]
 
 
 @pytest.mark.parametrize("ranked", [False, True], ids=["paper", "ranking"])
@@ -247,15 +221,6 @@ def test_inputs_stay_as_they_are(implementation):
     copies = [x.clone() for x in given_]
     select_tokens(*given_, tau=0.5, kernel=implementation.kernel)
     assert all(torch.equal(x, copy) for x, copy in zip(given_, copies, strict=True))
-
-
-@pytest.mark.parametrize("tile", [64, 16384], ids=["many-tiles", "one-tile"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 63, 500, 1025])
-@triton_only
-def test_every_size(implementation, monkeypatch, n, rule, tile):
-    monkeypatch.setattr(module, "MAX_BLOCK", tile)
-    same(implementation, *drawn(n), **rule)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 50])

@@ -116,6 +116,30 @@ def test_padding_row_beside_the_causal_flag(implementation, shape):
     torch.testing.assert_close(got, whole)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_weighed_by_what_they_see(implementation, paper, cases, mask, causal, groups):
+    q, k, _ = cases.qkv(batch=2, heads="gqa4", n=21, dim=8, dtype=implementation.finest)
+    mask_ = cases.mask(mask, 2, 8, 21, implementation.finest)
+    probes, options = {"recent_probes": 9, "random_probes": 7}, {"is_causal": causal, "groups": groups, "even": True}
+    got, seen = implementation.run(token_scores, q, k, mask_, **probes, **options)
+    exact, rows = paper.scores(q, k, probe_rows(21, 9, 7, 0), mask=mask_, **options)
+    tolerance = 1e-12 if implementation.name == "torch" else 1e-5
+    np.testing.assert_allclose(got.numpy(), exact, rtol=tolerance, atol=tolerance)
+    assert np.array_equal(seen.numpy(), rows)
+
+
+def test_even_rows_favour_no_token_where_attention_is_uniform(implementation):
+    n = 300
+    q, k = torch.zeros(1, 2, n, 8, dtype=implementation.finest), torch.randn(1, 2, n, 8, dtype=implementation.finest)
+    accumulated, visible = implementation.run(token_scores, q, k, even=True)
+    torch.testing.assert_close((accumulated[0, 0] / visible[0]).double(), torch.full((n,), 1 / n).double())
+    accumulated, visible = implementation.run(token_scores, q, k)
+    ranks = accumulated[0, 0] / visible[0]
+    assert ranks[: n // 4].mean() > 1.5 * ranks[-n // 4 :].mean(), "the score of the paper does"
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.37])
 def test_scale_of_the_model(implementation, paper, cases, scale):
     q, k, _ = cases.qkv(n=21, dim=8, dtype=implementation.finest)

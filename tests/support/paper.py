@@ -58,7 +58,7 @@ def _weights(query: np.ndarray, keys: np.ndarray, scale: float, softcap, added, 
     return weights
 
 
-def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, softcap=None, groups=1):
+def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, softcap=None, groups=1, even=False):
     """Return accumulated `[B, groups, n]` and visible `[B, n]`: attention summed over rows, averaged over heads."""
     q, k, look = array(q), array(k), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
@@ -72,7 +72,8 @@ def scores(q, k, rows, *, mask=None, is_causal=True, scale=None, softcap=None, g
                 seen = look.seen(b, h, i, n)
                 seen_by_any |= seen
                 weights = _weights(q[b, h, i], k[b, h // factor], scale, softcap, look.added(b, h, i), seen)
-                accumulated[b, h // per_group] += weights / per_group
+                share = seen.sum() / n if even else 1.0
+                accumulated[b, h // per_group] += weights * share / per_group
             visible[b] += seen_by_any
     return accumulated, visible
 

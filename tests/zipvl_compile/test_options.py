@@ -26,7 +26,7 @@ GOOD = {
     "keep_tokens": [None, 1, 64, 10_000],
     "floor": [0, 0.0, 0.25, 1.0, 1],
     "draw": ["random", "strided"],
-    "score": ["normalised", "accumulated", "value", "recent", "random"],
+    "score": ["normalised", "accumulated", "even", "value", "recent", "random"],
     "pooling": [1, 5, 7],
     "keep_first": [0, 4],
     "unselected": ["zero", "hold", "window", "all"],

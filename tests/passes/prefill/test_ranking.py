@@ -43,21 +43,21 @@ def left_padding():
 
 @pytest.mark.parametrize("pooling", [1, 5])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padding"])
-@pytest.mark.parametrize("score", ["normalised", "accumulated", "value", "recent", "random"])
+@pytest.mark.parametrize("score", ["normalised", "accumulated", "even", "value", "recent", "random"])
 def test_the_tokens_that_rank_highest_are_kept(record, modules, paper, score, padded, pooling):
     q, k, v = modules.qkv(seed=4)
     mask = left_padding() if padded else None
     rule = RATIO | {"score": score, "pooling": pooling}
     (*_, kept), _ = record(modules.Prefill(is_causal=mask is None), q, k, v, mask, **rule)
     rows = probe_rows(N, *PROBES.values())
-    accumulated, visible = paper.scores(q, k, rows, mask=mask, is_causal=mask is None)
+    accumulated, visible = paper.scores(q, k, rows, mask=mask, is_causal=mask is None, even=score == "even")
     ranking = by_hand(score, accumulated, visible, v.numpy(), PROBES["seed"])
     if pooling > 1:
         ranking = smoothed(ranking, pooling) * (visible > 0)[:, None]
     expected = paper.selection(accumulated, visible, keep_ratio=0.3, ranking=ranking)
     assert np.array_equal(kept.numpy(), expected)
     assert (expected[0] >= 7 * padded).all(), "padding comes last"
-    usual = paper.selection(accumulated, visible, keep_ratio=0.3)
+    usual = paper.selection(*paper.scores(q, k, rows, mask=mask, is_causal=mask is None), keep_ratio=0.3)
     assert score == "normalised" or not np.array_equal(expected, usual), "the kind must matter in this case"
 
 
