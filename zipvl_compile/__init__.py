@@ -11,6 +11,7 @@ from zipvl_compile.compiling import compile
 from zipvl_compile.per_request import settings
 from zipvl_compile.report.compile_report import recent_reports
 from zipvl_compile.report.explain import explain
+from zipvl_compile.report.stats import stats
 from zipvl_compile.version import __version__
 
-__all__ = ["__version__", "compile", "explain", "kept_tokens", "recent_reports", "settings"]
+__all__ = ["__version__", "compile", "explain", "kept_tokens", "recent_reports", "settings", "stats"]

@@ -7,6 +7,7 @@ module also registers the KV cache layer with transformers, before the model mak
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ from zipvl_compile.per_request import budget_of_call, check_can_change
 from zipvl_compile.pipeline import rewrite, settings_of
 from zipvl_compile.report.compile_report import record, record_training
 
+log = logging.getLogger("zipvl_compile")
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that runs in eager mode.
 raise_recompile_limit(64)
@@ -81,7 +83,7 @@ def zipvl(
     gm.graph = done.graph
     record(done)
     gm.recompile()
-    cached = _cache_outputs(gm)
+    cached, chosen = _cache_outputs(gm), _outputs_of(gm, ops.select_tokens)
     chooses = bool(calls(gm.graph, ops.select_tokens))
     budget = [example(node) for node in gm.graph.find_nodes(op="placeholder", target=BUDGET)]
     with torch.no_grad():
@@ -98,6 +100,8 @@ def zipvl(
             elif chooses:
                 check_can_change()
             outputs = compiled(*inputs)
+        if chosen and log.isEnabledFor(logging.INFO):
+            _say_what_is_kept([outputs[index] for index in chosen])
         for index in cached:
             mark_size_as_changing(outputs[index], 2)
         return outputs
@@ -132,10 +136,24 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
     once more for every layer that happened to keep equally many tokens twice.
     """
-    kinds = (ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions)
+    return _outputs_of(gm, ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions)
+
+
+def _outputs_of(gm: GraphModule, *kinds: Any) -> list[int]:
+    """Return which outputs of a graph are results of these operators."""
     outputs = gm.graph.output_node().args[0]
     made_by = [node.args[0] if is_call(node, operator.getitem) else node for node in outputs]  # type: ignore
     return [i for i, node in enumerate(made_by) if any(is_call(node, kind) for kind in kinds)]
+
+
+def _say_what_is_kept(positions: list[torch.Tensor]) -> None:
+    """Log one line on a prompt, for which a GPU has to be waited for."""
+    n = max(int(one.max()) for one in positions) + 1
+    shares = [one.shape[2] / n for one in positions]
+    log.info(
+        "zipvl: prompt of %d tokens: %d layers keep %.1f%% of it (%.1f%% to %.1f%%)",
+        n, len(shares), *(100 * share for share in (sum(shares) / len(shares), min(shares), max(shares))),
+    )  # fmt: skip
 
 
 def _compile(gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions) -> Callable[..., Any]:

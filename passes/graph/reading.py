@@ -87,6 +87,15 @@ def arguments(node: Node) -> dict[str, Any]:
     return given | {SYNONYMS.get(name, name): value for name, value in node.kwargs.items()}
 
 
+def read_by_value(node: Node) -> list[Node]:
+    """Return the inputs of a node that are read for more than their dtype."""
+    inputs = list(node.all_input_nodes)
+    if not is_op(node, "type_as"):
+        return inputs
+    given = arguments(node)
+    return [x for x in inputs if x is given.get("input")]
+
+
 def written(node: Node) -> list[Node]:
     """Return the tensors that a node may write to; of an operation that nobody knows, everything that it was given."""
     if node.op not in ("call_function", "call_method"):

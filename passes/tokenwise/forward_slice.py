@@ -26,6 +26,7 @@ from zipvl_compile.passes.graph.reading import (
     example,
     holds_tensors,
     is_op,
+    read_by_value,
     same_shape,
     spelled,
 )
@@ -152,7 +153,7 @@ def find(start: Node, axes: Axes, held: bool = False) -> Below:
     autocast = under_autocast(start.graph)
     node = start.next
     while node.op != "output":
-        if not below.nodes.keys().isdisjoint(node.all_input_nodes) and not reads_size(node):
+        if not below.nodes.keys().isdisjoint(read_by_value(node)) and not reads_size(node):
             try:
                 if node in autocast:
                     raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
@@ -174,7 +175,7 @@ def _remove(below: Below, node: Node) -> None:
 
 
 def _add(below: Below, node: Node) -> None:
-    given = {x: below.nodes[x] for x in node.all_input_nodes if x in below.nodes}
+    given = {x: below.nodes[x] for x in read_by_value(node) if x in below.nodes}
     if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
         raise Mixes(f"the result of {spelled(node)!r} is changed in place")
     token = axis_below(node, {x: axes.token for x, axes in given.items()})

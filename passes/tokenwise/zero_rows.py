@@ -16,7 +16,15 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.reading import example, holds_tensors, is_op, same_shape, spelled, written
+from zipvl_compile.passes.graph.reading import (
+    example,
+    holds_tensors,
+    is_op,
+    read_by_value,
+    same_shape,
+    spelled,
+    written,
+)
 from zipvl_compile.passes.tokenwise import row_values
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes, rank
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
@@ -32,7 +40,7 @@ def refusal(start: Node, axis: int) -> str:
     known: Known = {start: (axis, ZERO)}
     node = start.next
     while node.op != "output":
-        given = {x: known[x] for x in node.all_input_nodes if x in known}
+        given = {x: known[x] for x in read_by_value(node) if x in known}
         if given and not reads_size(node) and not _meets_rows(node, known):
             try:
                 known[node] = _follow(node, given)

@@ -96,6 +96,8 @@ def test_cache_below_tau_1_is_compacted_and_never_holds_padding(family):
         names = {site.layer for site in sites if site.kind == kind and site.rewritten}
         assert len(names) == FAMILIES[family].decoder.count(REWRITTEN)
     assert all(site.by_design for site in sites if not site.rewritten)
+    said = [str(one) for report in reports for one in report.pruned]
+    assert said and not [line for line in said if "the attention is dense" in line]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "internvl"])

@@ -66,11 +66,13 @@ def gate(a, h):
     return a * torch.sigmoid(F.linear(h, torch.eye(WIDTH, dtype=h.dtype).roll(1, 0)))
 
 
+NORM = RMSNorm().double()
 FOLLOWING = {
     "gate": {"attended": gate},
     "gate and bias": {"attended": gate, "bias": True},
     "post norm": {"projected": RMSNorm().double()},
     "post norm and bias": {"projected": RMSNorm().double(), "bias": True},
+    "post norm that casts back": {"projected": lambda x: NORM(x * 2).type_as(x)},
     "layer norm": {"projected": lambda x: F.layer_norm(x, (WIDTH,), bias=torch.ones(WIDTH, dtype=x.dtype))},
     "constant": {"projected": lambda x: torch.cos(x) + 2.0},
     "dropout at rest": {"projected": lambda x: F.dropout(x, 0.5, training=False)},

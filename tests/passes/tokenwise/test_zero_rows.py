@@ -63,7 +63,8 @@ TAKES = {
     "divided by a row": lambda a, x: x + a / x,
     "heads": lambda a, x: x + heads(a),
     "square as a product": lambda a, x: x + a / ((a * a).sum(-1, keepdim=True) + 1).sqrt(),
-    "size only": lambda a, x: x + a.shape[1],
+    "size only": lambda a, x: x + a.shape[1], "back in its dtype": lambda a, x: x + rms(a.float(), 1e-6).type_as(a),
+    "dtype only": lambda a, x: x + x.float().type_as(a),
 }  # fmt: skip
 REFUSES = {
     "no epsilon": (lambda a, x: x + rms(a, 0.0), "'rsqrt' may divide a row of zeros by zero"),
@@ -93,7 +94,10 @@ def test_what_may_not_be_given_zeros_says_why(case):
     assert re.search(why, refusal(function))
 
 
-@pytest.mark.parametrize("case", [case for case in TAKES if case not in ("divided by a row", "size only")])
+OF_ITSELF = [case for case in TAKES if case not in ("divided by a row", "size only", "dtype only")]
+
+
+@pytest.mark.parametrize("case", OF_ITSELF)
 def test_the_proof_is_true(case):
     """A row of zeros in the place of the attention's output gives a finite row."""
     a = X.sin()

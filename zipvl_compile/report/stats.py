@@ -1,0 +1,116 @@
+"""What a KV cache holds after a prompt: tokens and bytes of every layer, and what was freed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.hf_names import cache_of
+
+NOT_COMPACTED = "every token is kept: the prompt was left dense, see zipvl_compile.explain"
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer of a KV cache.
+
+    Attributes:
+        prompt_length: of the prompt that the layer was compacted from (tokens); 0 where it was not.
+        kept: tokens of that prompt that it holds.
+        tokens: that it holds in all, those after the prompt too.
+        length: logical length of the sequence (tokens).
+        bytes_used: of the tokens it holds, keys and values.
+        bytes_allocated: of the memory behind them, with spare rows and positions.
+        bytes_freed: what the dropped tokens would take.
+        why_dense: why it was not compacted; empty where it was.
+    """
+
+    prompt_length: int
+    kept: int
+    tokens: int
+    length: int
+    bytes_used: int
+    bytes_allocated: int
+    bytes_freed: int
+    why_dense: str = ""
+
+    @property
+    def share(self) -> float:
+        """Return the share of the sequence that the layer holds, in [0, 1]."""
+        return self.tokens / self.length if self.length else 1.0
+
+    def __str__(self) -> str:
+        if self.why_dense:
+            return f"{self.tokens} of {self.length} tokens, {self.bytes_used:,} bytes; {self.why_dense}"
+        return (
+            f"{self.kept} of {self.prompt_length} prompt tokens ({self.kept / self.prompt_length:.1%}), "
+            f"{self.bytes_used:,} bytes in use, {self.bytes_freed:,} freed"
+        )
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """The layers of a KV cache, in order."""
+
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def bytes_used(self) -> int:
+        return sum(layer.bytes_used for layer in self.layers)
+
+    @property
+    def bytes_allocated(self) -> int:
+        return sum(layer.bytes_allocated for layer in self.layers)
+
+    @property
+    def bytes_freed(self) -> int:
+        return sum(layer.bytes_freed for layer in self.layers)
+
+    def __str__(self) -> str:
+        whole = self.bytes_used + self.bytes_freed
+        used = f"{self.bytes_used / whole:.1%} of {whole:,} bytes" if whole else "nothing"
+        head = f"zipvl: KV cache of {len(self.layers)} layers: {used} in use, {self.bytes_allocated:,} allocated"
+        return "\n".join([head, *(f"  layer {i}: {layer}" for i, layer in enumerate(self.layers))])
+
+
+def stats(cache: Any) -> CacheStats:
+    """Return what a KV cache holds.
+
+    Args:
+        cache: `past_key_values` (`cache` from transformers 5.24 on), or an output that has one.
+
+    Raises:
+        TypeError: something without a cache.
+    """
+    found = cache if hasattr(cache, "layers") else cache_of(cache)
+    if found is None or not hasattr(found, "layers"):
+        raise TypeError(
+            f"stats: expected a cache of transformers, or an output that has one, got {type(cache).__name__}. "
+            "Call the model with use_cache=True, and generate with return_dict_in_generate=True."
+        )
+    return CacheStats(tuple(_layer(layer) for layer in found.layers))
+
+
+def _layer(layer: Any) -> LayerStats:
+    storages, used = {}, 0
+    for name, tensor in vars(layer).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if name in ("key_buffer", "value_buffer", "keys", "values"):
+            rows = tensor[:, :, : layer.cached_length] if isinstance(layer, CompactLayer) else tensor
+            used += rows.numel() * rows.element_size()
+    length, allocated = int(layer.get_seq_length()), sum(storages.values())
+    if isinstance(layer, CompactLayer) and layer.positions is not None:
+        kept, tokens = layer.positions.shape[2], layer.cached_length
+        dropped = layer.prompt_length - kept
+        freed = used // tokens * dropped if tokens else 0
+        why = "" if dropped else "every token is kept"
+        return LayerStats(layer.prompt_length, kept, tokens, length, used, allocated, freed, why)
+    why = NOT_COMPACTED if isinstance(layer, CompactLayer) else f"a {type(layer).__name__} is not compacted"
+    keys = getattr(layer, "keys", None)
+    tokens = keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0
+    return LayerStats(0, tokens, tokens, length, used, allocated, 0, why)
