@@ -1,7 +1,7 @@
 """What to use if one does not want to choose: options by name of a preset.
 
-Fixed on the documents and questions of `zipvl eval --split choose`. There, of SmolLM2-135M with prompts of 1,024 tokens,
-the loss against dense (nats) and the kept tokens: paper +.286 at 73%, quality -.000 at 80%, balanced +.005 at 67%, fast
+Fixed on the documents and questions of `zipvl eval --split choose`. There, of SmolLM2-135M with 1,024 tokens, the
+loss against dense (nats) and the kept tokens: paper +.286 at 73%, quality -.000 at 80%, balanced +.005 at 67%, fast
 +.054 at 40%.
 """
 
