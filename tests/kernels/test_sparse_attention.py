@@ -81,6 +81,29 @@ def check_with_torch(implementation, q, k, v, positions, mask, is_causal, querie
     return compare_kernels.check(implementation, sparse_attention, *given_, **options)
 
 
+@pytest.mark.parametrize("groups", ["layer", "kv_head"])
+@pytest.mark.parametrize("p", [1, 2, 9, 20, 21])
+@pytest.mark.parametrize("mask", ["none", "left-padding", "per-head-window", "additive-inf"])
+def test_rows_that_are_held(implementation, paper, cases, mask, p, groups):
+    """Each row is that of the kept token before it: of the outputs of the kept tokens, to the bit."""
+    q, k, v = cases.qkv(batch=2, heads="gqa4", n=21, dim=8, dtype=implementation.finest)
+    mask_ = cases.mask(mask, 2, q.shape[1], 21, implementation.finest)
+    positions = choose(2, 1 if groups == "layer" else k.shape[1], 21, p)
+    kept_kv, options = (spared(k, positions), spared(v, positions)), {"mask": mask_, "is_causal": mask == "none"}
+    held, own = (
+        implementation.run(sparse_attention, q, *kept_kv, positions, queries=queries, **options)
+        for queries in ("hold", "selected")
+    )
+    exact = paper.attention(q, k, v, positions, queries="hold", **options)
+    tolerance = 1e-12 if implementation.finest == torch.float64 else 1e-5
+    torch.testing.assert_close(held.double(), torch.from_numpy(exact), rtol=tolerance, atol=tolerance)
+    for b in range(2):
+        for h in range(q.shape[1]):
+            kept = positions[b, h * positions.shape[1] // q.shape[1]]
+            before = (torch.searchsorted(kept, torch.arange(21), right=True) - 1).clamp(min=0)
+            assert torch.equal(held[b, h], own[b, h, kept[before]])
+
+
 @both_kinds_of_queries
 @pytest.mark.parametrize("mask", MASKS)
 @in_every_layout
@@ -373,7 +396,7 @@ def test_auto_measures_once_and_remembers(implementation, cases, monkeypatch):
 Q, K, V = torch.ones(2, 4, 6, 8), torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 5)
 P = torch.arange(3).repeat(2, 1, 1)
 BAD = {
-    "queries": ({"queries": "some"}, 'queries: expected "selected" or "all", got \'some\''),
+    "queries": ({"queries": "some"}, 'queries: expected "selected", "hold" or "all", got \'some\''),
     "q-integer": ({"q": Q.int()}, "q: expected a floating-point dtype, got torch.int32"),
     "k-batch": ({"k": K[:1]}, "k: expected batch 2, like q, got 1"),
     "k-dtype": ({"k": K.double()}, "k: expected dtype torch.float32, like q, got torch.float64"),
