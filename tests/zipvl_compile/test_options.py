@@ -107,17 +107,7 @@ def test_bad_value_is_named_with_what_was_expected_and_what_to_do(name, value):
 def test_defaults():
     assert ZipVLOptions.parse() == ZipVLOptions.parse({}) == ZipVLOptions.parse({"preset": None})
     paper = ZipVLOptions.parse({"preset": "paper"})
-    asked = (
-        "tau",
-        "keep_ratio",
-        "floor",
-        "recent_probes",
-        "random_probes",
-        "seed",
-        "keep_recent",
-        "score",
-        "unselected",
-    )
+    asked = ("tau", "keep_ratio", "floor", "recent_probes", "random_probes", "seed", "keep_recent", "score")
     assert [getattr(paper, name) for name in asked] == [0.975, None, 0.0, 64, 64, 0, 1, "normalised"]
     assert (paper.unselected, paper.prefill, paper.dense_layers, paper.share) == ("zero", "sparse", 0, False)
     assert ZipVLOptions.parse({"policy": "paper"}) == dataclasses.replace(paper, preset=None, policy="paper")
