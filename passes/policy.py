@@ -42,7 +42,7 @@ class Policy:
         window, sinks: of "window" (tokens).
         kept_window: kept tokens see their window and the sinks, besides kept tokens.
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
-        dense_layers: first layers of the model, which keep every token.
+        dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.
         groups: "layer" selects once per layer; "kv_head" selects equally many tokens for every KV head.
     """
@@ -64,7 +64,7 @@ class Policy:
     sinks: int = 4
     kept_window: bool = False
     prefill: Literal["sparse", "dense"] = "sparse"
-    dense_layers: int = 0
+    dense_layers: int | tuple[int, ...] = 0
     share: bool = False
     groups: Literal["layer", "kv_head"] = "layer"
 

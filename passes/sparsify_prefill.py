@@ -46,6 +46,7 @@ from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.prefill.refusals import (
     FIRST_IS_DENSE,
     left_alone,
+    number_of,
     reader_refusal,
     refusal,
     shape_of,
@@ -87,13 +88,13 @@ def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Se
 
 
 def reason_to_stay(
-    site: Site, owner: tuple[Attention, Kept] | None, first: bool, place: int, settings: Settings
+    site: Site, owner: tuple[Attention, Kept] | None, first: bool, number: int, settings: Settings
 ) -> Reason | None:
     """Return why a site stays dense, or None; `owner` selected for its layer, unless it is the `first` itself."""
     assert site.layer is not None
     if not first:
         return FIRST_IS_DENSE if owner is None else reader_refusal(site.attention, owner[0])
-    if (alone := left_alone(site.name, place, settings)) is not None:
+    if (alone := left_alone(number, settings)) is not None:
         return alone
     # Only where all else allows it: what it costs is measured, and the prompt's length becomes a guard.
     return refusal(site.attention, site.layer) or too_short(site.attention, site.shape, settings)  # type: ignore[arg-type]
@@ -111,21 +112,22 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     if sites.demanded.every and settings.unselected != "all":
         settings = dataclasses.replace(settings, unselected="all")
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
+    numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
     shared: Selection | None = None
-    for site in sites.prefill:
+    for row, site in enumerate(sites.prefill):
         assert site.layer is not None
         first, owner = site.layer not in layers, layers.get(site.layer)
         try:
             site.mask = sites.masks.form(site.attention)
             site.shape = shape_of(site.attention, site.mask, settings)
-            site.reason = reason_to_stay(site, owner, first, len(layers), settings)
+            site.reason = reason_to_stay(site, owner, first, numbers[row], settings)
             if site.reason is None:
                 with undone_on_error(graph):
                     attention = dataclasses.replace(
                         site.attention, query=site.attention.in_its_dtype(site.attention.query)
                     )
                     if owner is None:
-                        chosen = shared or select(site, attention, sites.masks, sites.demanded, settings)
+                        chosen = shared or select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
                         owner = attention, compact(site, attention, chosen, settings)
                         shared = chosen if settings.share else None
                     if keeps_all(owner[1], attention) or not (needed := dense_because(site, settings)):

@@ -34,7 +34,7 @@ from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
 from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.prefill.selection import BUDGET
+from zipvl_compile.passes.prefill.selection import BUDGET, LAYERS
 from zipvl_compile.per_request import budget_of_call, check_can_change
 from zipvl_compile.pipeline import rewrite, settings_of
 from zipvl_compile.report.compile_report import record, record_training
@@ -85,9 +85,9 @@ def zipvl(
     gm.recompile()
     cached, chosen = _cache_outputs(gm), _outputs_of(gm, ops.select_tokens)
     chooses = bool(calls(gm.graph, ops.select_tokens))
-    budget = [example(node) for node in gm.graph.find_nodes(op="placeholder", target=BUDGET)]
+    budget = gm.graph.find_nodes(op="placeholder", target=BUDGET)
     with torch.no_grad():
-        compiled = _compile(gm, [*example_inputs, *budget], parsed)
+        compiled = _compile(gm, [*example_inputs, *map(example, budget)], parsed)
     backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
@@ -96,7 +96,7 @@ def zipvl(
                 _warn_of_other_code()
                 return dense(*inputs)
             if budget:
-                inputs = (*inputs, budget_of_call(settings.budget))
+                inputs = (*inputs, budget_of_call(settings.budget, budget[0].meta[LAYERS]))
             elif chooses:
                 check_can_change()
             outputs = compiled(*inputs)

@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
     """Return NumPy's numbers, and others that are none of Python's own, as Python's."""
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    return value
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,11 @@ _CHECKS: dict[str, _Check] = {
     "kept_window": (_flag, "True or False", "Use False to let kept tokens see kept tokens only."),
     "queries": _words("selected", "all", remedy='It is unselected="zero" or unselected="all" now.'),
     "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
-    "dense_layers": (_count(0), _TOKENS, "Use 0 to let every layer select."),
+    "dense_layers": (
+        lambda value: _count(0)(value) or (isinstance(value, (list, tuple)) and all(map(_count(0), value))),
+        "an integer of at least 0, or a list of layer numbers",
+        "Use 0 to let every layer select.",
+    ),
     "share": (_flag, "True or False", "Use False to let every layer select."),
     "groups": _words("layer", remedy='A selection per "kv_head": it is not available yet; leave the option out.'),
     "evict": _words("drop", "keep", remedy='Use "keep" for a full KV cache.'),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +21,7 @@ from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.options import BUDGETS, OptionError, check
 
 _asked: ContextVar[Mapping[str, Any]] = ContextVar("zipvl_settings", default={})  # noqa: B039  (nobody writes to it)
+_selecting: ContextVar[frozenset[int] | None] = ContextVar("zipvl_selecting", default=None)
 
 
 @contextlib.contextmanager
@@ -61,18 +62,33 @@ def _merged(numbers: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in numbers.items() if name not in replaced} | dict(given)
 
 
-def budget_of_call(compiled: Budget) -> torch.Tensor:
-    """Return the numbers that a call of a graph with this budget uses, as the graph takes them: float64 `[4]`."""
-    asked = _asked.get()
-    if not asked:
-        return _numbers(compiled)
+@contextlib.contextmanager
+def only_in(layers: Collection[int]) -> Iterator[None]:
+    """Let the layers of these numbers select, and all others keep every token, in the prompts of this block."""
+    token = _selecting.set(frozenset(layers))
+    try:
+        yield
+    finally:
+        _selecting.reset(token)
+
+
+def budget_of_call(compiled: Budget, layers: tuple[int, ...]) -> torch.Tensor:
+    """Return the numbers that a call of a graph uses, as the graph takes them: float64 `[layers, 4]`.
+
+    Args:
+        compiled: what the graph was compiled for.
+        layers: the numbers of its layers.
+    """
     own = {name: value for name, value in dataclasses.asdict(compiled).items() if value is not None}
-    return _numbers(Budget(**_merged(own, asked)))
+    budget = Budget(**_merged(own, _asked.get()))
+    selecting = _selecting.get()
+    return _numbers(budget, tuple(selecting is None or layer in selecting for layer in layers))
 
 
 @functools.lru_cache(maxsize=256)
-def _numbers(budget: Budget) -> torch.Tensor:
-    return budget.as_tensor()
+def _numbers(budget: Budget, selects: tuple[bool, ...]) -> torch.Tensor:
+    every = Budget(tau=1.0)
+    return torch.stack([(budget if one else every).as_tensor() for one in selects])
 
 
 def check_can_change() -> None:

@@ -94,21 +94,19 @@ def shape_of(attention: Attention, form: MaskForm, settings: Settings) -> Attent
     return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local)
 
 
-def layer_number(name: str) -> int | None:
-    """Return which layer of its model a module path is of, or None: 3 for `language_model.layers.3.self_attn`."""
-    number = re.search(r"\.(?:layers?|h|blocks?)\.(\d+)(?=\.|$)", f".{name}") or re.search(r"\.(\d+)(?=\.|$)", name)
-    return int(number[1]) if number else None
+def number_of(name: str, place: int) -> int:
+    """Return which layer of its model a module path is of: 3 for `language_model.layers.3.self_attn`.
 
-
-def left_alone(name: str, place: int, settings: Settings) -> Reason | None:
-    """Return that a layer is one of the first, which select nothing, or None.
-
-    Args:
-        name: path of its module.
-        place: of its attention among those of the graph, for a path without a number.
+    `place`, among the attentions of the graph, stands for the number of a path that has none.
     """
-    number = layer_number(name)
-    if (place if number is None else number) >= settings.dense_layers:
+    number = re.search(r"\.(?:layers?|h|blocks?)\.(\d+)(?=\.|$)", f".{name}") or re.search(r"\.(\d+)(?=\.|$)", name)
+    return int(number[1]) if number else place
+
+
+def left_alone(number: int, settings: Settings) -> Reason | None:
+    """Return that a layer is one of those that keep every token, or None."""
+    dense = settings.dense_layers
+    if number not in (range(dense) if isinstance(dense, int) else dense):
         return None
-    text = f"one of the first layers, which keep every token: dense_layers={settings.dense_layers}"
-    return Reason(Why.DENSE_LAYER, text)
+    which = "the first layers" if isinstance(dense, int) else "the layers"
+    return Reason(Why.DENSE_LAYER, f"one of {which} that keep every token: dense_layers={dense}")

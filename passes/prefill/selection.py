@@ -25,6 +25,7 @@ from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.row_select import token_positions
 
 BUDGET = "zipvl_budget"  # the graph's last input, where there is one
+LAYERS = "zipvl_layers"  # in its meta: the numbers of the layers that its rows are for
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,19 @@ class Kept:
         return self.selection.positions
 
 
-def budget_input(graph: Graph, like: Node) -> Node:
-    """Return the input of a graph that holds the numbers of the budget, `Budget.as_tensor`; it is made where missing.
+def budget_input(graph: Graph, like: Node, layers: tuple[int, ...]) -> Node:
+    """Return the input of a graph that holds the numbers of each layer's budget; it is made where missing.
 
     Args:
         like: a node that has a fake tensor.
+        layers: the numbers of the layers, a row of `Budget.as_tensor` each.
     """
     for node in graph.find_nodes(op="placeholder", target=BUDGET):
         return node
-    numbers, mode = Budget().as_tensor(), fake_mode_of([example(like)])
-    return insert_input(graph, BUDGET, numbers if mode is None else mode.from_tensor(numbers))
+    numbers, mode = torch.stack([Budget().as_tensor()] * len(layers)), fake_mode_of([example(like)])
+    node = insert_input(graph, BUDGET, numbers if mode is None else mode.from_tensor(numbers))
+    node.meta[LAYERS] = layers
+    return node
 
 
 def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:
@@ -83,9 +87,10 @@ def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any
 
 
 def select(
-    site: Site, attention: Attention, masks: CanonicalMasks, demanded: Demanded, settings: Settings
-) -> Selection:
-    """Insert scoring and selection before the attention."""
+    site: Site, attention: Attention, masks: CanonicalMasks, demanded: Demanded, layers: tuple[int, ...], row: int,
+    settings: Settings,
+) -> Selection:  # fmt: skip
+    """Insert scoring and selection before the attention, of the layer in a `row` of the graph's budgets."""
     node, (rows, is_causal) = attention.node, masks.insert(attention)
     key = attention.in_its_dtype(attention.key)
     scores = TokenScoresCall(
@@ -95,13 +100,16 @@ def select(
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
     keep_recent, protected = always_kept(site, demanded, settings)
+    budget = None
+    if settings.per_request and not settings.keeps_all:
+        budget = insert_call(node, operator.getitem, (budget_input(node.graph, key, layers), row))
     positions = SelectTokensCall(
         accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
         keep_recent=keep_recent, protected=protected, keep_tokens=settings.keep_tokens, floor=settings.floor,
         # A token before the first kept one would have nothing to hold.
         keep_first=max(settings.keep_first, int(settings.unselected == "hold")),
         ranking=ranking.insert(accumulated, visible, attention.key, attention.value, settings, node),
-        budget=budget_input(node.graph, key) if settings.per_request and not settings.keeps_all else None,
+        budget=budget,
     ).insert(node)  # fmt: skip
     return Selection(positions, visible)
 

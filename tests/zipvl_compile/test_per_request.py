@@ -9,7 +9,7 @@ from support.quiet import one_thread_without_gradients  # noqa: F401
 
 import zipvl_compile
 from zipvl_compile.options import OptionError
-from zipvl_compile.per_request import settings
+from zipvl_compile.per_request import only_in, settings
 
 N = 100
 
@@ -117,3 +117,17 @@ def test_a_model_that_keeps_every_token_says_so():
 def test_bad_numbers(numbers, text):
     with pytest.raises(OptionError, match=text), settings(**numbers):
         raise AssertionError("the block must not run")
+
+
+def test_only_some_layers_select():
+    model = compiled(keep_ratio=0.3)
+    assert kept(model) == [30, 30]
+    before = len(zipvl_compile.recent_reports())
+    with only_in([1]):
+        assert kept(model) == [N, 30]
+        with settings(keep_ratio=0.5):
+            assert kept(model) == [N, 50]
+    with only_in([]):
+        out = prefill(model)
+        torch.testing.assert_close(out.logits, prefill(tiny_llama.model()).logits, rtol=1e-4, atol=1e-5)
+    assert kept(model) == [30, 30] and len(zipvl_compile.recent_reports()) == before

@@ -6,7 +6,7 @@ from support.hidden_states import RATIO, N, P, Stack, both, hidden_states
 
 from zipvl_compile.passes.graph.op_calls import SelectTokensCall, SparseAttentionCall
 from zipvl_compile.passes.match.reasons import Why
-from zipvl_compile.passes.prefill.refusals import layer_number
+from zipvl_compile.passes.prefill.refusals import number_of
 
 
 @pytest.mark.parametrize(("dense", "kept"), [(0, [P, P, P]), (1, [N, P, P]), (2, [N, N, P]), (9, [N, N, N])])
@@ -19,6 +19,14 @@ def test_the_first_layers_keep_every_token(record, dense, kept):
     assert all(reason is None or (reason.by_design and f"dense_layers={dense}" in str(reason)) for reason in reasons)
     if dense == 9:
         torch.testing.assert_close(out, module(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dense", "kept"), [((1,), [P, N, P]), ((0, 2), [N, P, N]), ((), [P, P, P])])
+def test_layers_by_their_numbers_keep_every_token(record, dense, kept):
+    (_, *caches), recorder = record(Stack(layers=3), hidden_states(), dense_layers=dense, **RATIO)
+    assert [cache[2].shape[2] for cache in caches] == kept
+    reasons = [str(site.reason) for site in recorder.sites[0].prefill if site.reason is not None]
+    assert reasons == [f"one of the layers that keep every token: dense_layers={dense}"] * kept.count(N)
 
 
 def test_one_layer_selects_for_those_that_follow(record):
@@ -46,9 +54,9 @@ def test_a_dense_prefill_gives_the_answer_of_the_model_and_a_small_cache(record)
     ("path", "number"),
     [
         ("language_model.layers.3.self_attn", 3), ("layers.11", 11), ("transformer.h.7.attn.attention", 7),
-        ("model.blocks.2.mixer.0.attn", 2), ("encoder.5.attention", 5), ("self_attn", None), ("(sdpa_1)", None),
-        ("w2v.attn", None),
+        ("model.blocks.2.mixer.0.attn", 2), ("encoder.5.attention", 5), ("self_attn", 9), ("(sdpa_1)", 9),
+        ("w2v.attn", 9),
     ],
 )  # fmt: skip
 def test_the_number_of_a_layer(path, number):
-    assert layer_number(path) == number
+    assert number_of(path, 9) == number
