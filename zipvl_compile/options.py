@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, get_args
 
 from zipvl_compile.dynamo import UserError, inductor_modes
@@ -52,6 +55,7 @@ class ZipVLOptions(Policy):
     """What `options=` of `torch.compile(model, backend="zipvl", options={...})` may hold.
 
     Attributes:
+        calibration: file that `zipvl calibrate` wrote: its options, of which others given here change single ones.
         preset: a choice of everything below for those who do not want to choose, see `PRESETS`.
         policy: a selection rule, one of `zipvl_compile.policies`; other options change single fields of it.
         evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
@@ -62,6 +66,7 @@ class ZipVLOptions(Policy):
         the others: see `Policy`. At most one of `tau`, `keep_ratio` and `keep_tokens` may be given.
     """
 
+    calibration: str | None = None
     preset: str | None = None
     policy: str | None = None
     evict: str = Settings.evict
@@ -82,6 +87,8 @@ class ZipVLOptions(Policy):
             OptionError: (a ValueError) names the option, what was expected, what came, and what to do.
         """
         given = check(dict(options or {}) | ({} if mode is None else {"mode": mode}))
+        if given.get("calibration") is not None:
+            given = _with_calibration(given)
         if given.pop("queries", None) == "all":
             given.setdefault("unselected", "all")
         parsed = cls(**_chosen(given) | given)
@@ -96,6 +103,24 @@ class ZipVLOptions(Policy):
                 "Leave one of them at 64."
             )
         return parsed
+
+
+def _with_calibration(given: dict[str, Any]) -> dict[str, Any]:
+    """Return options, and those of the calibration file that they do not change."""
+    path = given["calibration"]
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["options"]
+        found = check({name: value for name, value in found.items() if name != "calibration"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(
+            f"zipvl option 'calibration': expected a file that `zipvl calibrate` wrote, got {path!r} ({error}). "
+            "Write it anew."
+        ) from error
+    if any(given.get(name) is not None for name in BUDGETS):
+        found = {name: value for name, value in found.items() if name not in BUDGETS}
+    if given.get("policy") is not None or given.get("preset") is not None:
+        found = {name: value for name, value in found.items() if name not in ("policy", "preset")}
+    return found | given
 
 
 def check(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +211,11 @@ _Check = tuple[Callable[[Any], bool], str, str]
 _TOKENS = "an integer of at least 0"
 _PAPERS = "Use 64 for the paper's setting."
 _CHECKS: dict[str, _Check] = {
+    "calibration": (
+        lambda value: value is None or (isinstance(value, (str, os.PathLike)) and str(value) != ""),
+        "None or the path of a file",
+        "Write one with `zipvl calibrate`.",
+    ),
     "preset": _words(*PRESETS, remedy="Leave it out for the default.", none=True),
     "policy": _words(*policy_names(), remedy="Leave it out for the default.", none=True),
     "tau": (_fraction, "a fraction in (0, 1]", "Use 1.0 to keep every token, 0.975 for the paper's setting."),

@@ -1,4 +1,4 @@
-"""The `zipvl` command: `zipvl demo`, `zipvl explain MODEL`, `zipvl eval`, `zipvl measure`, `zipvl --version`."""
+"""The `zipvl` command: `zipvl demo`, `explain MODEL`, `eval`, `calibrate MODEL`, `measure`, `zipvl --version`."""
 
 from __future__ import annotations
 
@@ -221,6 +221,27 @@ def evaluate(
             Console(), frontier.Setup(**changed, split=split, output=output, model=model, data=data)
         )
     raise typer.Exit(code)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub name of an LVLM.")],
+    data: Annotated[Path, typer.Option(help="Folder of pictures, or lines of image, question (JSON).")],
+    prompt: Annotated[str, typer.Option(help="What to ask of the pictures of a folder.")] = DEFAULT_PROMPT,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    target_kl: Annotated[float, typer.Option(min=0.0, help="Most that selecting may cost, in nats.")] = 0.02,
+    most: Annotated[int, typer.Option("--prompts", min=1, help="Most prompts to measure.")] = 16,
+    device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("zipvl-calibration.json"),
+) -> None:
+    """Measure what selecting costs in each layer on your own pictures, and write the options to use."""
+    with _readable_errors():
+        from zipvl_compile.evaluate.calibration_report import run
+
+        options = _parse_options(option or [])
+        ZipVLOptions.parse(options)
+        _quiet()
+        run(Console(), model, data, prompt, options, target_kl, most, device, output)
 
 
 def _check_output(output: Path) -> None:
