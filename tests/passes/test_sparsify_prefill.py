@@ -12,6 +12,7 @@ from torch import nn
 
 from zipvl_compile.passes import sparsify_prefill
 from zipvl_compile.passes.graph import graph as graph_edits
+from zipvl_compile.passes.prefill import refusals
 
 NAME = "(scaled_dot_product_attention)"
 ADDED = Counter(
@@ -257,7 +258,7 @@ def test_prompt_of_one_token_stays_dense(record, modules):
 def test_attention_in_both_directions_without_a_mask_stays_dense(record, modules):
     """A cache of cross-attention whose encoder happens to be as long as the prompt."""
     _, recorder = record(modules.Prefill(), *modules.qkv())
-    assert_untouched(recorder, str(sparsify_prefill.NOT_CAUSAL))
+    assert_untouched(recorder, str(refusals.NOT_CAUSAL))
 
 
 def test_mask_of_another_form_stays_dense(record, modules):
