@@ -17,6 +17,7 @@ from zipvl_compile.kernels.common.checks import per_head
 from zipvl_compile.kernels.common.dense_attention import dense_attention, soft_capped
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.masks import visible as shown_by
+from zipvl_compile.kernels.common.private import FLASH_ON_CPU
 from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
 from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
 
@@ -127,12 +128,10 @@ def _with_lse(
         bias = mask.to(q.dtype)
         if mask.dtype == torch.bool:
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    if softcap is None and q.device.type == "cpu":  # what scaled_dot_product_attention calls, which drops the lse
+    if softcap is None and q.device.type == "cpu":
         widest = max(q.shape[3], v.shape[3])
         same = (F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale
-        )
+        out, lse = FLASH_ON_CPU(*same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale)
         lse = lse.unsqueeze(3)
         if mask is not None:
             lse = lse.masked_fill(~shown_by(mask).any(-1, keepdim=True), lowest)

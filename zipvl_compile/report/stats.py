@@ -80,7 +80,7 @@ def stats(cache: Any) -> CacheStats:
     """Return what a KV cache holds.
 
     Args:
-        cache: `past_key_values` (`cache` from transformers 5.24 on), or an output that has one.
+        cache: of transformers, or an output that has one.
 
     Raises:
         TypeError: something without a cache.

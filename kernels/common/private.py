@@ -1,0 +1,8 @@
+"""Every private name of PyTorch that the operators use."""
+
+from __future__ import annotations
+
+import torch
+
+# What scaled_dot_product_attention calls on a CPU, which drops the log-sum-exp that this gives besides.
+FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
