@@ -1,4 +1,4 @@
-"""Private names of PyTorch stand in `dynamo.py`, those that passes and operators need in `private.py` files of theirs."""
+"""Private names of PyTorch stand in `dynamo.py`, and in the `private.py` of the passes and of the operators."""
 
 from __future__ import annotations
 
