@@ -44,7 +44,7 @@ class Policy:
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.
-        groups: "layer" selects once per layer; "kv_head" selects equally many tokens for every KV head.
+        groups: "layer" selects once per layer, which is all that there is yet.
     """
 
     recent_probes: int = 64
@@ -66,7 +66,7 @@ class Policy:
     prefill: Literal["sparse", "dense"] = "sparse"
     dense_layers: int | tuple[int, ...] = 0
     share: bool = False
-    groups: Literal["layer", "kv_head"] = "layer"
+    groups: Literal["layer"] = "layer"
 
     @property
     def budget(self) -> Budget:

@@ -45,7 +45,7 @@ def _one_of(*names: str) -> Callable[[Any], bool]:
 
 def _plain(value: Any) -> Any:
     """Return NumPy's numbers, and others that are none of Python's own, as Python's."""
-    if isinstance(value, Real):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 

@@ -90,6 +90,7 @@ class Op:
         view: a result may share memory with any tensor that the call was given; else only with those it writes to.
         writes: names of the arguments that it writes to.
         outs: names of the arguments that it writes to where they are given.
+        typed: names of the arguments of which it reads the dtype only.
         sizes: the result is a size or a number of axes.
         effect: does something besides its result, such as entering a vmap.
         signatures: names of the arguments of single targets that have others.
@@ -102,6 +103,7 @@ class Op:
     view: bool = False
     writes: tuple[str, ...] = ()
     outs: tuple[str, ...] = ("out",)
+    typed: tuple[str, ...] = ()
     sizes: bool = False
     effect: bool = False
     signatures: dict[Any, tuple[str, ...]] = field(default_factory=dict, compare=False)
@@ -173,7 +175,7 @@ _row("gelu", "input approximate", T.FIRST, V.CURVE)
 _row("to/_to_copy, type", "input *dtype", T.FIRST, V.KEPT, view=True)
 _row("float, double, half, bfloat16", "input", T.FIRST, V.KEPT, view=True)
 _row("bool, int, long", "input", T.FIRST, view=True)
-_row("type_as", "input other", T.FIRST, V.KEPT, view=True)
+_row("type_as", "input other", T.FIRST, V.KEPT, view=True, typed=("other",))
 _row("contiguous", "input memory_format", T.FIRST, V.KEPT, view=True)
 _row("clone", "input", T.POINTWISE, V.KEPT)
 _row("detach", "input", T.POINTWISE, V.KEPT, view=True)

@@ -89,11 +89,11 @@ def arguments(node: Node) -> dict[str, Any]:
 
 def read_by_value(node: Node) -> list[Node]:
     """Return the inputs of a node that are read for more than their dtype."""
-    inputs = list(node.all_input_nodes)
-    if not is_op(node, "type_as"):
+    op, inputs = of(node), list(node.all_input_nodes)
+    if op is None or not op.typed:
         return inputs
-    given = arguments(node)
-    return [x for x in inputs if x is given.get("input")]
+    values = [x for name, value in arguments(node).items() if name not in op.typed for x in leaves(value)]
+    return [x for x in inputs if x in values]
 
 
 def written(node: Node) -> list[Node]:

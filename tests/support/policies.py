@@ -19,9 +19,7 @@ def model():
 def run(policy: str, n: int = N, batch: int = 1, **options):
     """Return the output of a prefill, with all hidden states, and the kept positions `[B, 1, P]` of each layer."""
     torch._dynamo.reset()
-    compiled = model()
-    asked = {"policy": policy, "inner": "eager", "min_tokens": 0} | options
-    compiled.compile(backend="zipvl", options=asked)
+    compiled = tiny_llama.compiled({"num_hidden_layers": LAYERS}, policy=policy, **options)
     with torch.no_grad(), leaving_out("read_demands"):
         out = compiled(tiny_llama.prompt(n, batch), use_cache=True, output_hidden_states=True)
     return out, zipvl_compile.kept_tokens(out)
@@ -60,10 +58,8 @@ class _Nothing(torch.nn.Module):
 def attention_outputs(policy: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the attention of the first layer adds to each token `[n, hidden]`, and the tokens it keeps `[P]`."""
     torch._dynamo.reset()
-    compiled = model()
+    compiled = tiny_llama.compiled({"num_hidden_layers": LAYERS}, policy=policy, **options)
     compiled.model.layers[0].mlp = _Nothing()
-    asked = {"policy": policy, "inner": "eager", "min_tokens": 0} | options
-    compiled.compile(backend="zipvl", options=asked)
     with torch.no_grad(), leaving_out("read_demands"):
         out = compiled(tiny_llama.prompt(N), use_cache=True, output_hidden_states=True)
     before, after = out.hidden_states[:2]

@@ -30,3 +30,10 @@ def model(**changes) -> LlamaForCausalLM:
 def prompt(n: int = 40, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Return token ids `[batch, n]`."""
     return torch.randint(6, VOCAB, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def compiled(changes: dict | None = None, **options) -> LlamaForCausalLM:
+    """Return the model, with `changes` of its configuration, compiled for zipvl by these options."""
+    built = model(**changes or {})
+    built.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0} | options)
+    return built

@@ -143,6 +143,12 @@ def test_a_policy_states_fields_that_may_be_changed_one_by_one(name):
     assert given.budget == Budget(tau=0.5, floor=rule.floor), "one budget takes the place of another"
 
 
+def test_flags_stay_flags():
+    """The operators take a bool, and no 1."""
+    parsed = ZipVLOptions.parse({"kept_window": True, "share": False})
+    assert parsed.kept_window is True and parsed.share is False
+
+
 def test_options_cannot_change_later():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ZipVLOptions().tau = 0.5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.quiet import one_thread_without_gradients  # noqa: F401
+from support.tiny_llama import compiled
 
 import zipvl_compile
 from zipvl_compile.options import OptionError
@@ -17,12 +18,6 @@ N = 100
 @pytest.fixture(autouse=True)
 def nothing_is_compiled_yet():
     torch._dynamo.reset()
-
-
-def compiled(**options):
-    model = tiny_llama.model()
-    model.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0} | options)
-    return model
 
 
 def prefill(model):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import cache_of
@@ -20,6 +19,7 @@ from zipvl_compile.dynamo import raise_recompile_limit_of_all
 from zipvl_compile.passes.match.outcome import SiteOutcome
 from zipvl_compile.report.compile_report import CompileReport
 from zipvl_compile.report.explain import OwnOptions
+from zipvl_compile.report.stats import stats
 
 Inputs = Mapping[str, torch.Tensor]
 RECOMPILE_LIMIT = 64
@@ -37,7 +37,7 @@ class Answer:
         first_token: time to the first new token: vision tower, prefill and what `generate` adds (seconds).
         per_token: mean time of the later ones (seconds), None if there were none.
         kv_used: bytes of the cached keys and values at the end.
-        kv_allocated: bytes of the memory behind them, spare rows included.
+        kv_allocated: bytes of the memory behind them, spare rows and positions included.
     """
 
     text: str
@@ -152,14 +152,15 @@ def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_
             "Set use_cache=True in its generation_config."
         )
     start, first, *later = clock.times
+    held = stats(cache)
     return Answer(
         text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),
         prompt_length=n,
         kept=[None if p is None else p[0, 0][p[0, 0] < n].cpu() for p in kept_tokens(cache)],
         first_token=first - start,
         per_token=(later[-1] - first) / len(later) if later else None,
-        kv_used=_kv_bytes(cache, allocated=False),
-        kv_allocated=_kv_bytes(cache, allocated=True),
+        kv_used=held.bytes_used,
+        kv_allocated=held.bytes_allocated,
         kinds=[_kind(layer) for layer in cache.layers],
     )
 
@@ -176,12 +177,6 @@ def _kind(layer: Any) -> str:
         "Static": "static",
     }
     return next((words for part, words in known.items() if part in name), name)
-
-
-def _kv_bytes(cache: Cache, allocated: bool) -> int:
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    used = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    return sum(t.untyped_storage().nbytes() if allocated else t.numel() * t.element_size() for t in used)
 
 
 def warm_up(model: Any, processor: Any, prompts: Sequence[Inputs]) -> Answer:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.kept_tokens import kept_tokens
 
 Item = dict[str, Any]
@@ -61,24 +60,6 @@ def kept_share(cache: Cache, prompt_length: int) -> float:
     """Return the mean share of the prompt that layers hold, over those that can be compacted; 1 if there are none."""
     counts = [positions.shape[-1] for positions in kept_tokens(cache) if positions is not None]
     return statistics.fmean(counts) / prompt_length if counts else 1.0
-
-
-def kv_bytes(cache: Cache) -> tuple[int, int]:
-    """Return the bytes of the tokens in a cache, and of all memory behind it, with spare rows and positions.
-
-    What a layer holds besides its keys, values and positions counts as a whole, in both.
-    """
-    used, storages = 0, {}
-    for layer in cache.layers:
-        for name, tensor in vars(layer).items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            if isinstance(layer, CompactLayer) and name in ("key_buffer", "value_buffer"):
-                tensor = tensor[:, :, : layer.cached_length]
-            if name != "positions":
-                used += tensor.numel() * tensor.element_size()
-    return used, sum(storages.values())
 
 
 def summary(items: Sequence[Item], dense: Sequence[Item]) -> dict[str, tuple[float, str]]:

@@ -23,8 +23,9 @@ from zipvl_compile.callers import LOGITS_TO_KEEP
 from zipvl_compile.evaluate.compiled import Compiled
 from zipvl_compile.evaluate.documents import Document
 from zipvl_compile.evaluate.flops import CountedFlops
-from zipvl_compile.evaluate.measures import Item, agreement, kept_share, kl, kv_bytes, nll
+from zipvl_compile.evaluate.measures import Item, agreement, kept_share, kl, nll
 from zipvl_compile.evaluate.variants import PICTURE_SCALE, Options
+from zipvl_compile.report.stats import stats
 
 CONTINUATION, CUE, REPEATED = 128, 32, 96
 
@@ -101,7 +102,7 @@ class TextTask:
             raise ValueError("variant: expected dense to be measured before others, got another one. Run it first.")
         with CountedFlops() as counted:
             last, cache = _prefill(model, ids[:, :n])
-        used, allocated = kv_bytes(cache)
+        held = stats(cache)
         kept = kept_share(cache, n)
         start = passage_start(name, n)
         passage = ids[:, start : start + CUE + REPEATED]
@@ -117,8 +118,8 @@ class TextTask:
             "agreement": agreement(dense, continued),
             "rep_nll": nll(repeated, passage[0, CUE:]),
             "kept": kept,
-            "kv_bytes": used,
-            "kv_bytes_allocated": allocated,
+            "kv_bytes": held.bytes_used,
+            "kv_bytes_allocated": held.bytes_allocated,
             "prefill_flops": counted.total,
         }
 

@@ -22,7 +22,7 @@ class LayerStats:
         kept: tokens of that prompt that it holds.
         tokens: that it holds in all, those after the prompt too.
         length: logical length of the sequence (tokens).
-        bytes_used: of the tokens it holds, keys and values.
+        bytes_used: of the tokens it holds, keys and values; and of whatever else a layer of another kind holds.
         bytes_allocated: of the memory behind them, with spare rows and positions.
         bytes_freed: what the dropped tokens would take.
         why_dense: why it was not compacted; empty where it was.
@@ -95,14 +95,15 @@ def stats(cache: Any) -> CacheStats:
 
 
 def _layer(layer: Any) -> LayerStats:
-    storages, used = {}, 0
+    used, storages = 0, {}
     for name, tensor in vars(layer).items():
         if not isinstance(tensor, torch.Tensor):
             continue
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if name in ("key_buffer", "value_buffer", "keys", "values"):
-            rows = tensor[:, :, : layer.cached_length] if isinstance(layer, CompactLayer) else tensor
-            used += rows.numel() * rows.element_size()
+        if isinstance(layer, CompactLayer) and name in ("key_buffer", "value_buffer"):
+            tensor = tensor[:, :, : layer.cached_length]
+        if name != "positions":
+            used += tensor.numel() * tensor.element_size()
     length, allocated = int(layer.get_seq_length()), sum(storages.values())
     if isinstance(layer, CompactLayer) and layer.positions is not None:
         kept, tokens = layer.positions.shape[2], layer.cached_length

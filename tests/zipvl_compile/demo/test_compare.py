@@ -64,7 +64,9 @@ def test_an_answer_says_what_it_took():
     assert [positions.shape for positions in got.kept] == [(kept,)] * 2
     assert all((positions < n).all() for positions in got.kept), "prompt tokens only"
     per_token = 2 * 2 * 2 * 16 * 4  # K and V, 2 layers, 2 heads of 16, fp32
-    assert got.kv_used == (kept + 3) * per_token and got.kv_allocated == (kept + spare_tokens(n)) * per_token
+    positions = 2 * kept * 8  # 2 layers, int64
+    assert got.kv_used == (kept + 3) * per_token
+    assert got.kv_allocated == (kept + spare_tokens(n)) * per_token + positions
     assert got.first_token > 0 and got.per_token > 0
     plain = answer(model(), PROCESSOR, x, 1)
     assert plain.per_token is None and plain.kv_used == n * per_token

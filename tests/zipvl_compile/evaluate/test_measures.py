@@ -9,7 +9,8 @@ from support.tiny_llama import model, prompt
 
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.evaluate.compiled import compiled_for
-from zipvl_compile.evaluate.measures import agreement, kept_share, kl, kv_bytes, mean_of, nll, paired, summary
+from zipvl_compile.evaluate.measures import agreement, kept_share, kl, mean_of, nll, paired, summary
+from zipvl_compile.report.stats import stats
 
 FLAT, HALF, SURE = [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125], [0.125, 0.5, 0.25, 0.125]
 
@@ -49,12 +50,16 @@ def test_a_summary_has_errors_differences_and_ratios_as_metrics_of_their_own():
     assert not [metric for metric in summary(items[:1], dense[:1]) if metric.endswith("_se")]
 
 
+def bytes_of(cache):
+    return stats(cache).bytes_used, stats(cache).bytes_allocated
+
+
 def test_bytes_and_share_of_a_cache():
     llama, n = model(), 40
     row = 2 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head_dim, fp32
     dense = cache_of(llama(input_ids=prompt(n)))
-    assert (kept_share(dense, n), *kv_bytes(dense)) == (1.0, n * row, n * row)
+    assert (kept_share(dense, n), *bytes_of(dense)) == (1.0, n * row, n * row)
     kept = cache_of(compiled_for(llama, {"keep_ratio": 0.5})(input_ids=prompt(n), logits_to_keep=1))
     spare, positions = kept.layers[0].key_buffer.shape[2], 2 * (n // 2) * 8
     assert kept_share(kept, n) == 0.5
-    assert kv_bytes(kept) == (n // 2 * row, spare * row + positions)
+    assert bytes_of(kept) == (n // 2 * row, spare * row + positions)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.policies import N, dense, model
+from support.policies import LAYERS, N, dense
 from support.quiet import one_thread_without_gradients  # noqa: F401
-from support.tiny_llama import prompt
+from support.tiny_llama import compiled, prompt
 
 import zipvl_compile
 from zipvl_compile.policies import names
@@ -13,9 +13,7 @@ from zipvl_compile.policies.presets import DEFAULT, PRESETS
 
 def prefill(**options):
     torch._dynamo.reset()
-    compiled = model()
-    compiled.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0} | options)
-    return compiled(prompt(N), use_cache=True, logits_to_keep=1)
+    return compiled({"num_hidden_layers": LAYERS}, **options)(prompt(N), use_cache=True, logits_to_keep=1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

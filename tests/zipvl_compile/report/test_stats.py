@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.quiet import one_thread_without_gradients  # noqa: F401
+from support.tiny_llama import compiled
 from transformers import StaticCache
 
 import zipvl_compile
@@ -18,12 +19,6 @@ N, ROW = 40, 2 * 2 * 16 * 4  # a token of a layer: K and V, KV heads, head_dim, 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled_yet():
     torch._dynamo.reset()
-
-
-def compiled(**options):
-    model = tiny_llama.model()
-    model.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0} | options)
-    return model
 
 
 def test_bytes_and_tokens_by_hand():
