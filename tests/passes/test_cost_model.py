@@ -37,6 +37,14 @@ def test_every_query_over_the_kept_keys():
     assert sparse == dense, "as many queries"
 
 
+def test_a_window_costs_its_keys_for_every_query():
+    near = dataclasses.replace(SHAPE, local=68)
+    for constants, cost in (({"attend": 1.0}, 8 * (64 + 32) * 68 * 1000), ({"edge": 1.0}, 8 * (64 + 32) / 2 * 1000)):
+        (dense, sparse), (same, more) = (seconds(shape, only(**constants), 1000, 0.5) for shape in (SHAPE, near))
+        assert (same, more - sparse) == (dense, cost)
+    assert break_even(near, MACHINE, 0.5) > break_even(SHAPE, MACHINE, 0.5)
+
+
 def test_scores_are_probe_rows_times_tokens():
     assert seconds(SHAPE, only(multiply=1.0), 1000, 0.5) == (0, 8 * 128 * 1000 * 64)
     assert seconds(SHAPE, only(score=1.0), 1000, 0.5) == (0, 8 * 128 * 1000)
