@@ -11,13 +11,12 @@ With kept_window=True a kept row has two disjoint parts, its kept keys and its l
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from zipvl_compile.kernels.common.checks import per_head
-from zipvl_compile.kernels.common.dense_attention import dense_attention, soft_capped
+from zipvl_compile.kernels.common.dense_attention import dense_attention
+from zipvl_compile.kernels.common.log_sum_exp import joined, only, with_lse
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.masks import visible as shown_by
-from zipvl_compile.kernels.common.private import FLASH_ON_CPU
 from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
 from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
 
@@ -53,15 +52,14 @@ def attend_window_torch(
     if mask is not None:
         where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
         mask = take(mask, batch, where, where)  # [B, 1 or Hq, P or 1, P]
-        mask = _only(mask, shown_by(mask))
+        mask = only(mask, shown_by(mask))
     if lse is None:
         kept = attend_torch(kept_q, kept_k, kept_v, positions, mask, is_causal, scale, softcap, False)
         return put_rows(kept, positions, out)
-    kept, kept_lse = _with_lse(kept_q, kept_k, kept_v, mask, is_causal, scale, softcap)
-    local = take_rows(out, positions, out.new_empty(kept.shape)).to(lse.dtype)
+    kept, kept_lse = with_lse(kept_q, kept_k, kept_v, mask, is_causal, scale, softcap)
+    local = take_rows(out, positions, out.new_empty(kept.shape))
     local_lse = take_rows(lse, positions, lse.new_empty(batch, heads, p, 1))
-    joined = torch.lerp(kept.to(lse.dtype), local, torch.sigmoid(local_lse - kept_lse))  # [B, Hq, P, Dv]
-    return put_rows(joined.to(out.dtype), positions, out)
+    return put_rows(joined(kept, kept_lse, local, local_lse).to(out.dtype), positions, out)
 
 
 def _attend_locally(
@@ -97,55 +95,10 @@ def _attend_locally(
         if mask is not None and sink_mask is not None:
             own = slice(None) if mask.shape[2] == 1 else rows
             part = torch.cat((sink_mask[:, :, own], mask[:, :, own, keys].expand(batch, -1, -1, -1)), 3)
-            shown = _only(part, shown & shown_by(part))
+            shown = only(part, shown & shown_by(part))
         near_k, near_v = (torch.cat((s, x[:, :, keys]), 2) for s, x in ((sink_k, k), (sink_v, v)))
         if lse is None:
             out[:, :, rows] = dense_attention(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
         else:
-            result = _with_lse(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
+            result = with_lse(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
             out[:, :, rows], lse[:, :, rows] = result
-
-
-def _only(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Return `mask` with everything outside `shown` hidden for certain: False, or -inf."""
-    return shown if mask.dtype == torch.bool else torch.where(shown, mask, float("-inf"))
-
-
-def _with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool,
-    scale: float | None, softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return `dense_attention` and the log of the sum of its exponentials, `[B, Hq, m, 1]` in fp32 (fp64 for fp64).
-
-    A query that sees nothing gets zeros and the lowest finite number. `is_causal` may come beside `mask`.
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lowest, scale = torch.finfo(dtype).min, q.shape[3] ** -0.5 if scale is None else scale
-    bias = mask
-    if mask is not None:
-        if is_causal:
-            mask = _only(mask, shown_by(mask) & torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool())
-        bias = mask.to(q.dtype)
-        if mask.dtype == torch.bool:
-            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    if softcap is None and q.device.type == "cpu":
-        widest = max(q.shape[3], v.shape[3])
-        same = (F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
-        out, lse = FLASH_ON_CPU(*same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale)
-        lse = lse.unsqueeze(3)
-        if mask is not None:
-            lse = lse.masked_fill(~shown_by(mask).any(-1, keepdim=True), lowest)
-        return out[..., : v.shape[3]], lse
-    factor, parts = q.shape[1] // k.shape[1], []
-    if is_causal and mask is None:
-        bias = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().log()[None, None]
-    for head in range(k.shape[1]):  # one KV head at a time: bounded memory
-        heads = slice(head * factor, (head + 1) * factor)
-        scores = (q[:, heads].to(dtype) * scale) @ k[:, head, None].to(dtype).transpose(-1, -2)  # [B, factor, m, n]
-        scores = soft_capped(scores, softcap)
-        if bias is not None:
-            scores = scores + (bias if bias.shape[1] == 1 else bias[:, heads])
-        lse = scores.logsumexp(-1, keepdim=True).clamp(min=lowest)
-        parts.append(((scores - lse).exp() @ v[:, head, None].to(dtype), lse))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 1)

@@ -1,5 +1,6 @@
 """window_attention in Triton: blocks of rows over a band of keys and the sinks; kept rows over the kept keys besides.
 
+With queries="all" every row is treated as a kept one: it sees as many kept keys as stand at its position or before.
 A kept row carries the state of one softmax from the kept keys on to the local ones, where kept keys are hidden. Blocks
 of kept rows read the band from the first row's window to the last row, so all bands together are as long as the prompt.
 """
@@ -48,21 +49,25 @@ def _attend_local(
 
 @triton.jit
 def _window_attention_kernel(
-    q, k, v, out, is_kept, sinks, mask, kept_k, kept_v, positions, kept_mask,
+    q, k, v, out, is_kept, upto, sinks, mask, kept_k, kept_v, positions, kept_mask,
     n, M, P, S, window, scale, softcap, hidden_below,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_wb, stride_wh, stride_wk, D, DV,
-    HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr,
-    CAPPED: tl.constexpr, MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, EVERY: tl.constexpr,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of the rows that are KEPT, or of all rows, of which those that are not kept are written."""
+    """One block of the rows that are KEPT, or of all rows, of which those that are not kept are written.
+
+    With EVERY, of the M newest rows, as if each were kept; `upto` counts the kept tokens up to each one.
+    """
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a causal triangle start first
     group = b * GROUPS + h * GROUPS // HEADS
     positions += group * P
     is_kept += group * n
+    upto += group * n
     sinks += b * S
     k += b * stride_kb + h // FACTOR * stride_kh
     v += b * stride_vb + h // FACTOR * stride_vh
@@ -70,15 +75,19 @@ def _window_attention_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     wanted = row < M
-    at = tl.minimum(row, M - 1).to(tl.int64)  # where a query stands in the prompt
+    source = tl.minimum(row, M - 1).to(tl.int64)
+    at = source  # where a query stands in the prompt
     first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, M) - 1
-    if KEPT:
+    if EVERY:
+        at, first, last = at + (n - M), first + (n - M), last + (n - M)
+    elif KEPT:
         at = tl.load(positions + at)
         first, last = tl.load(positions + first).to(tl.int32), tl.load(positions + last).to(tl.int32)
+        source = at
     else:
         wanted = wanted & (tl.load(is_kept + at) == 0)
     tile = tl.load(
-        q + b * stride_qb + h * stride_qh + at[:, None] * stride_qn + d[None, :],
+        q + b * stride_qb + h * stride_qh + source[:, None] * stride_qn + d[None, :],
         mask=wanted[:, None] & (d < D)[None, :], other=0.0,
     )  # fmt: skip
     state = (
@@ -93,6 +102,9 @@ def _window_attention_kernel(
         if CAUSAL:
             end = tl.minimum((block + 1) * BLOCK_M, P)
             full = block * BLOCK_M
+            if EVERY:
+                end, full = tl.load(upto + last), tl.load(upto + first)
+                row = tl.load(upto + at) - 1  # the newest kept key that a query sees
         full = full // BLOCK_N * BLOCK_N
         state = _attend_columns(
             state, tile, kept_k, kept_v, positions, kept_mask, at, row, 0, full, end, scale, softcap, hidden_below,
@@ -123,7 +135,7 @@ def _window_attention_kernel(
         )  # fmt: skip
     _, total, result = state
     result = result * tl.where(total > 0, 1.0 / total, 0.0)[:, None]  # a row that sees nothing gets zeros
-    pointers = out + b * stride_ob + h * stride_oh + at[:, None] * stride_on + dv[None, :]
+    pointers = out + b * stride_ob + h * stride_oh + source[:, None] * stride_on + dv[None, :]
     tl.store(pointers, result.to(out.dtype.element_ty), mask=wanted[:, None] & (dv < DV)[None, :])
 
 
@@ -141,7 +153,7 @@ def window_tilings(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) 
 def attend_window_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor, kept_v: torch.Tensor,
     positions: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, window: int, kept_window: bool, kernel: str = "triton",
+    softcap: float | None, window: int, kept_window: bool, every_row: bool = False, kernel: str = "triton",
 ) -> torch.Tensor:  # fmt: skip
     """Attend as `window_attention` says; `sinks` is what `first_visible` returns, `kernel` that of sparse_attention."""
     if kept_window:
@@ -150,7 +162,7 @@ def attend_window_triton(
         out = sparse_attention(
             q, kept_k, kept_v, positions, mask, is_causal=is_causal, scale=scale, softcap=softcap, kernel=kernel
         )
-    (batch, heads, n, width), p = q.shape, positions.shape[2]
+    (batch, heads, m, width), n, p = q.shape, k.shape[2], positions.shape[2]
     is_kept = kept_tokens(positions, n)
     q, k, v, kept_k, kept_v = map(tiles.unit_stride, (q, k, v, kept_k, kept_v))
     shared = mask is None or mask.shape[2] == 1  # by all queries
@@ -159,18 +171,20 @@ def attend_window_triton(
         kept_mask = take(mask, batch, None, positions if positions.shape[1] == 1 else per_head(positions, heads))
     of_kept = tiles.mask_arguments(kept_mask, q)
     common = {
-        "q": q, "k": k, "v": v, "out": out, "is_kept": is_kept, "sinks": sinks.contiguous(),
+        "q": q, "k": k, "v": v, "out": out, "is_kept": is_kept,
+        "upto": is_kept.cumsum(2, dtype=torch.int32) if every_row else is_kept, "sinks": sinks.contiguous(),
         "kept_k": kept_k, "kept_v": kept_v, "positions": positions.contiguous(), "kept_mask": of_kept["mask"],
         "n": n, "P": p, "S": sinks.shape[1], "window": window,
         "scale": width**-0.5 if scale is None else scale, "softcap": softcap or 0.0,
         **tiles.strides(q=q, k=k, v=v, o=out, x=kept_k, y=kept_v), **tiles.mask_arguments(mask, q), "ROW": shared,
         **{f"stride_w{axis}": of_kept[f"stride_m{axis}"] for axis in "bhk"}, "D": width, "DV": v.shape[3],
-        "HEADS": heads, "FACTOR": heads // k.shape[1], "GROUPS": positions.shape[1], "CAUSAL": is_causal,
-        "CAPPED": softcap is not None, "BLOCK_S": SINKS,
+        "HEADS": heads, "FACTOR": heads // k.shape[1], "GROUPS": positions.shape[1], "EVERY": every_row,
+        "CAUSAL": is_causal, "CAPPED": softcap is not None, "BLOCK_S": SINKS,
         "BLOCK_D": tiles.head_blocks(width), "BLOCK_DV": tiles.head_blocks(v.shape[3]),
     }  # fmt: skip
-    of_both = zip((True, False), (p, n), window_tilings(q, v, mask), strict=True)
-    for kept, rows, (block_m, block_n, warps, stages) in list(of_both)[0 if kept_window else 1 :]:
+    of_kept_rows, of_others = zip((True, False), (m if every_row else p, n), window_tilings(q, v, mask), strict=True)
+    launches = [of_kept_rows] if every_row else [of_kept_rows, of_others] if kept_window else [of_others]
+    for kept, rows, (block_m, block_n, warps, stages) in launches:
         launchable(_window_attention_kernel, q)[(triton.cdiv(rows, block_m), batch * heads)](
             **common, M=rows, KEPT=kept, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=warps, num_stages=tiles.pipelined(stages),

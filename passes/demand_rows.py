@@ -9,6 +9,7 @@ Before (`logits_to_keep=1`, as `generate` calls every model):
 After:
 
     a_1 = decode_attention(q[:, :, -1:], keys, values, positions, n, n, ...)    one token; zero if it was not kept
+        | window_attention(q[:, :, -1:], ..., queries="all")                    where it sees its window, too
         | scaled_dot_product_attention(q[:, :, -1:], k, v)                      where the layer stays dense
     h_1 = x[:, -1:] + linear(a_1, wo)
     logits = linear(norm(h_1 + mlp(norm(h_1))), lm_head)
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,9 +169,39 @@ def attend_last(attention: Node, before: Node) -> tuple[Node, Node] | None:
         return attend_last_kept(call, call.k, call.v, call.queries, before)
     if WindowAttentionCall.matches(attention):
         window = WindowAttentionCall.read(attention)
-        return None if window.kept_window else attend_last_kept(window, window.kept_k, window.kept_v, "window", before)
+        if window.kept_window:
+            return attend_last_to_window(window, before)
+        return attend_last_kept(window, window.kept_k, window.kept_v, "window", before)
     row = attend_last_of_all(attention, before) if is_op(attention, "scaled_dot_product_attention") else None
     return None if row is None else (row, row)
+
+
+def attend_last_to_window(attention: WindowAttentionCall, before: Node) -> tuple[Node, Node]:
+    """Insert the last row `[B, Hq, 1, Dv]` of an attention whose kept rows see their window, too.
+
+    Returns:
+        The row, and the attention that gives it where the last token is kept.
+    """
+    scores = SelectTokensCall.read(attention.positions).scores
+    last = insert_call(before, operator.getitem, (attention.q, (slice(None), slice(None), LAST)))
+    out = replace(attention, q=last, queries="all").insert(before)
+    if attention.queries == "all" or (attention.mask is None and has_last_row(scores)):
+        return out, out
+    none = (slice(None), slice(None), slice(0))
+    keys, values, positions = (
+        insert_call(before, operator.getitem, (x, none))
+        for x in (attention.kept_k, attention.kept_v, attention.positions)
+    )
+    alone = replace(attention, q=last, queries="all", kept_k=keys, kept_v=values, positions=positions).insert(before)
+    return insert_call(before, torch.where, (last_is_kept(attention.positions, scores, before), out, alone)), out
+
+
+def last_is_kept(positions: Node, scores: TokenScoresCall, before: Node) -> Node:
+    """Insert whether the last token of the prompt is kept, bool `[B, 1, 1, 1]`."""
+    n = size(scores.k, 2, before)
+    at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
+    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
+    return insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
 
 
 def attend_last_of_all(attention: Node, before: Node) -> Node | None:
@@ -214,10 +245,7 @@ def attend_last_kept(
     ).insert(before)  # fmt: skip
     if newest_is_kept:
         return out, out
-    at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
-    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (attention.positions, at)), 2))  # [B, 1]
-    kept = insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
-    return insert_call(before, torch.where, (kept, out, 0.0)), out
+    return insert_call(before, torch.where, (last_is_kept(attention.positions, scores, before), out, 0.0)), out
 
 
 def has_last_row(scores: TokenScoresCall) -> bool:

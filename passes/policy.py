@@ -40,7 +40,8 @@ class Policy:
             before them; "window", of their own over their `window` newest keys and the `sinks` first ones; "all", of
             their own over the kept keys.
         window, sinks: of "window" (tokens).
-        kept_window: kept tokens see their window and the sinks, besides kept tokens.
+        kept_window: kept tokens see their window and the sinks, besides kept tokens; so does every token with
+            `unselected="all"`. Has no effect with "zero" and "hold".
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.
@@ -94,3 +95,8 @@ class Policy:
     def queries(self) -> str:
         """Return whose attention output the operators compute, that of the "selected" tokens or of "all"."""
         return "all" if self.unselected == "all" else "selected"
+
+    @property
+    def local(self) -> bool:
+        """Return whether some tokens see their window and the sinks."""
+        return self.unselected == "window" or (self.unselected == "all" and self.kept_window)

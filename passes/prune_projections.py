@@ -68,7 +68,8 @@ class Around:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.whole = SparseAttentionCall.matches(node)  # else it has the newest queries only
-        self.call = SparseAttentionCall.read(node) if self.whole else DecodeAttentionCall.read(node)
+        kinds = (SparseAttentionCall, DecodeAttentionCall, WindowAttentionCall)
+        self.call = next(kind for kind in kinds if kind.matches(node)).read(node)
         self.positions: Node = self.call.positions
         self.query: Node = self.call.q
         self.selection = SelectTokensCall.read(self.positions)
@@ -85,7 +86,7 @@ class Around:
 
     @property
     def values(self) -> Node:
-        return self.call.v if isinstance(self.call, SparseAttentionCall) else self.call.values
+        return self.call.values if isinstance(self.call, DecodeAttentionCall) else self.call.v
 
     @property
     def all_attend(self) -> bool:
@@ -242,6 +243,19 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
     return reasons
 
 
+def prune_beside_window(site: Around, graph: Graph) -> dict[str, str]:
+    """Prune Q where `demand_rows` left one row of it; every token attends to its window, which takes all the rest."""
+    reasons = dict.fromkeys(PARTS, "every token attends to its window")
+    if not is_op(site.query, "getitem"):
+        return reasons
+    try:
+        with undone_on_error(graph):
+            prune_demanded_queries(site)
+    except Exception as why:
+        return reasons | {"q": _said(why)}
+    return {"v": reasons["v"]}
+
+
 def _said(why: Exception) -> str:
     """Return a refusal; whatever else was raised, as fake values of an operation do, is one, too."""
     return str(why) if isinstance(why, Mixes) else str(fault(why))
@@ -253,9 +267,11 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     for site in sites.prefill:
         if not site.rewritten:
             continue
+        if WindowAttentionCall.matches(site.node):
+            sites.pruned.append(Pruning(site.name, prune_beside_window(Around(site.node), graph)))
+            continue
         if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
-            local = WindowAttentionCall.matches(site.node)
-            reason = "every token attends to its window" if local else f"the attention is dense: {site.needs_true_rows}"
+            reason = f"the attention is dense: {site.needs_true_rows}"
             sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
             continue
         around = Around(site.node)

@@ -17,9 +17,9 @@ After:
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
 Rows that are read after the last layer (`read_demands`) are kept, on top of p, and so attend; where all are read,
-every query attends. Where what reads the output cannot take rows of zeros (`keep_true_rows`), the attention stays as it
-is and only the cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and the attention gets
-gathers of its own.
+every query attends to the kept tokens. Where what reads the output cannot take rows of zeros (`keep_true_rows`), the
+attention stays as it is and only the cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and
+the attention gets gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
@@ -60,13 +60,14 @@ QUERIES = {"zero": "selected", "hold": "hold", "all": "all"}  # as sparse_attent
 
 def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Settings) -> Node:
     """Put attention among the kept tokens in the place of the dense attention, and return its call."""
-    if attention.reads_whole_prompt and settings.unselected == "window":
+    if attention.reads_whole_prompt and settings.local:
         rows, is_causal = masks.hiding(attention)
         key, value = (attention.in_its_dtype(x) for x in (attention.key, attention.value))
         out = WindowAttentionCall(
             q=attention.query, k=key, v=value, kept_k=kept.keys, kept_v=kept.values, positions=kept.positions,
             visible=kept.selection.visible, mask=rows, is_causal=is_causal, scale=attention.scale,
             softcap=attention.softcap, window=settings.window, sinks=settings.sinks, kept_window=settings.kept_window,
+            queries=settings.queries,
         ).insert(attention.node)  # fmt: skip
     elif attention.reads_whole_prompt:
         rows, is_causal = masks.hiding(attention)
@@ -109,8 +110,9 @@ def dense_because(site: Site, settings: Settings) -> str:
 
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Rewrite every prefill site that allows it; note the reason at the others."""
-    if sites.demanded.every and settings.unselected != "all":
-        settings = dataclasses.replace(settings, unselected="all")
+    if sites.demanded.every and settings.unselected != "all":  # a window stays, and kept tokens are seen besides
+        windows = settings.kept_window or settings.unselected == "window"
+        settings = dataclasses.replace(settings, unselected="all", kept_window=windows)
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
     numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
     shared: Selection | None = None

@@ -211,6 +211,7 @@ class WindowAttentionCall(OpCall):
     window: int
     sinks: int
     kept_window: bool
+    queries: str
     kernel_: str = "auto"
 
 

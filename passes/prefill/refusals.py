@@ -90,7 +90,7 @@ def shape_of(attention: Attention, form: MaskForm, settings: Settings) -> Attent
     batch = q.shape[0] if isinstance(q.shape[0], int) else 1
     sizes = (batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], settings.probes, q.element_size())
     masked = attention.mask is not None
-    local = settings.window + settings.sinks if settings.unselected == "window" else 0
+    local = settings.window + settings.sinks if settings.local else 0
     return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local)
 
 

@@ -175,13 +175,13 @@ def test_decode_attention_torch():
 
 
 @softcaps
-@pytest.mark.parametrize("kept_window", [False, True])
+@pytest.mark.parametrize("rule", [(False, "selected"), (True, "selected"), (True, "all")])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
-def test_window_attention(masked, kept_window, softcap):
+def test_window_attention(masked, rule, softcap):
     q, k, v, positions, mask = tensors()
     kept = ops.gather_tokens(k, positions, 0), ops.gather_tokens(v, positions, 0)
     given = (q, k, v, *kept, positions, torch.ones(2, 10), mask if masked else None, not masked, 0.3, softcap)
-    check(ops.window_attention.default, *given, 3, 2, kept_window)
+    check(ops.window_attention.default, *given, 3, 2, *rule)
 
 
 def test_held_rows():

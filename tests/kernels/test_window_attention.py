@@ -16,12 +16,14 @@ from zipvl_compile.kernels.sparse_attention import sparse_attention
 from zipvl_compile.kernels.window_attention import window_attention
 
 MASKS = ("none", "left-row", "right-row", "left", "right", "bool", "inf", "min", "bias", "bias-row")
-both = pytest.mark.parametrize("kept_window", [False, True], ids=["kept", "kept-window"])
+#: Kept rows see kept tokens, their window, too; every row does.
+KEPT, UNION, EVERY = {}, {"kept_window": True}, {"kept_window": True, "queries": "all"}
+each_rule = pytest.mark.parametrize("rule", [KEPT, UNION, EVERY], ids=["kept", "kept-window", "every-row"])
 
 
 def definition(
     q, k, v, positions, visible, mask=None, *, is_causal=True, scale=None, softcap=None, window=64, sinks=4,
-    kept_window=False,
+    kept_window=False, queries="selected",
 ):  # fmt: skip
     """Return `[B, Hq, n, Dv]`, and which rows see anything, from sets of keys."""
     batch, heads, n, width = q.shape
@@ -40,7 +42,8 @@ def definition(
             for i in range(n):
                 local = set(range(max(i - window + 1, 0), i + 1)) | {j for j in first if j <= i}
                 sparse = {j for j in kept if j <= i or not is_causal}
-                keys = local if i not in kept else sparse | local if kept_window else sparse
+                attends = i in kept or queries == "all"
+                keys = local if not attends else sparse | local if kept_window else sparse
                 keys = np.array(sorted(j for j in keys if added[b, h, i, j] > -np.inf), dtype=int)
                 if len(keys) == 0:
                     continue
@@ -97,7 +100,7 @@ def check(implementation, q, k, v, positions, visible, mask=None, **options):
 
 def plain(
     q, k, v, positions, visible, mask=None, *, is_causal=True, scale=None, softcap=None, window=64, sinks=4,
-    kept_window=False,
+    kept_window=False, queries="selected",
 ):  # fmt: skip
     """Return dense attention in the dtype of `q` with all other keys hidden."""
     batch, heads, n, width = q.shape
@@ -107,7 +110,8 @@ def plain(
     first = (visible > 0) & ((visible > 0).cumsum(1) <= sinks)
     local = ((j > i - window) | first[:, None, None]) & (j <= i)
     sparse = kept[:, :, None] & ((j <= i) | torch.tensor(not is_causal))
-    shown = torch.where(kept[..., None], sparse | (local & torch.tensor(kept_window)), local)
+    attends = kept | torch.tensor(queries == "all")
+    shown = torch.where(attends[..., None], sparse | (local & torch.tensor(kept_window)), local)
     scores = q @ k.repeat_interleave(heads // k.shape[1], 1).mT * (width**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -126,7 +130,7 @@ def problems(draw, most=200):
              "value_dim": draw(st.one_of(st.none(), st.integers(1, 20))), "seed": draw(st.integers(0, 99))}  # fmt: skip
     options = {"is_causal": draw(st.booleans()), "window": draw(st.integers(1, 80)), "sinks": draw(st.integers(0, 8)),
                "softcap": draw(st.sampled_from([None, None, 2.0])), "scale": draw(st.sampled_from([None, 0.3])),
-               "kept_window": draw(st.booleans())}  # fmt: skip
+               **draw(st.sampled_from([KEPT, UNION, EVERY]))}  # fmt: skip
     chosen = {"p": draw(st.integers(1, n)), "groups": draw(st.sampled_from([1, heads[1]]))}
     return sizes, chosen, draw(st.sampled_from(MASKS)), options
 
@@ -154,49 +158,49 @@ def test_any_problem_in_triton(implementation, cases, problem, dtype):
     check_problem(implementation, cases, problem, dtype)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "not"])
-def test_every_mask(implementation, cases, kind, is_causal, kept_window):
+def test_every_mask(implementation, cases, kind, is_causal, rule):
     q, k, v = cases.qkv(batch=2, n=41, dim=8, value_dim=6, dtype=implementation.finest)
     mask, real = masked(kind, 2, 8, 41, implementation.finest)
-    options = {"is_causal": is_causal, "window": 5, "sinks": 3, "kept_window": kept_window}
+    options = {"is_causal": is_causal, "window": 5, "sinks": 3, **rule}
     check(implementation, q, k, v, choose(2, 2, 41, 15), real, mask, **options)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("kind", ["none", "left-row", "bias"])
 @in_every_dtype
-def test_every_dtype(implementation, dtype, cases, kind, kept_window):
+def test_every_dtype(implementation, dtype, cases, kind, rule):
     q, k, v = cases.qkv(batch=2, n=100, dim=20, dtype=dtype)
     mask, real = masked(kind, 2, 8, 100, dtype)
-    check(implementation, q, k, v, choose(2, 1, 100, 40), real, mask, window=30, kept_window=kept_window)
+    check(implementation, q, k, v, choose(2, 1, 100, 40), real, mask, window=30, **rule)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 150, 300, 1000])
 @only("torch")
-def test_every_size_of_a_block(implementation, cases, window, kept_window):
+def test_every_size_of_a_block(implementation, cases, window, rule):
     q, k, v = cases.qkv(n=301, heads="mqa", dim=4)
     seen = torch.ones(1, 301)
-    check(implementation, q, k, v, choose(1, 1, 301, 100), seen, window=window, kept_window=kept_window)
+    check(implementation, q, k, v, choose(1, 1, 301, 100), seen, window=window, **rule)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("sinks", [0, 1, 16, 17, 40])
-def test_any_number_of_sinks(implementation, cases, sinks, kept_window):
+def test_any_number_of_sinks(implementation, cases, sinks, rule):
     q, k, v = cases.qkv(batch=2, n=37, heads="mqa", dim=4, dtype=implementation.finest)
     real = padding(2, 37, "left")
-    options = {"window": 3, "sinks": sinks, "kept_window": kept_window}
+    options = {"window": 3, "sinks": sinks, **rule}
     check(implementation, q, k, v, choose(2, 1, 37, 9), real, real[:, None, None], **options)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("window", [1, 4, 100])
-def test_from_no_kept_token_to_all(implementation, cases, window, kept_window):
+def test_from_no_kept_token_to_all(implementation, cases, window, rule):
     q, k, v = cases.qkv(batch=2, n=23, dim=8, dtype=implementation.finest)
     for p in (0, 1, 22, 23):
-        options = {"window": window, "kept_window": kept_window}
+        options = {"window": window, **rule}
         check(implementation, q, k, v, choose(2, 1, 23, p), torch.ones(2, 23), **options)
 
 
@@ -211,25 +215,41 @@ def test_kept_rows_are_those_of_sparse_attention(implementation, cases, kind):
     torch.testing.assert_close(got.gather(2, index), sparse.gather(2, index), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "not"])
+@pytest.mark.parametrize("kind", ["none", "left-row", "bias"])
+@pytest.mark.parametrize("rows", [1, 2, 70, 140])
+def test_the_newest_rows_alone(implementation, cases, rows, kind, is_causal):
+    q, k, v = cases.qkv(batch=2, n=150, dim=8, value_dim=6, dtype=implementation.finest)
+    mask, real = masked(kind, 2, 8, 150, implementation.finest)
+    positions = choose(2, 2, 150, 50)
+    given_ = (k, v, *kept_kv(k, v, positions), positions, real.to(torch.float32), mask)
+    options = {"is_causal": is_causal, "window": 20, **EVERY}
+    whole = implementation.run(window_attention, q, *given_, **options)
+    part = implementation.run(window_attention, q[:, :, -rows:], *given_, **options)
+    tolerance = 1e-12 if implementation.finest == torch.float64 else 1e-5
+    torch.testing.assert_close(part, whole[:, :, -rows:], rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("masked_", [False, True], ids=["none", "mask"])
 def test_a_window_over_all_tokens_is_dense_attention(implementation, cases, masked_):
-    """Also for kept rows with kept_window=True: no key counts twice."""
+    """Also where rows see kept tokens and their window: no key counts twice."""
     q, k, v = cases.qkv(batch=2, n=90, dim=8, dtype=implementation.finest)
     mask = masked("bias", 2, 8, 90, implementation.finest)[0] if masked_ else None
     positions = choose(2, 2, 90, 30)
     given_ = (q, k, v, *kept_kv(k, v, positions), positions, torch.ones(2, 90), mask)
-    got = implementation.run(window_attention, *given_, window=90, kept_window=True)
+    got, every = (implementation.run(window_attention, *given_, window=90, **rule) for rule in (UNION, EVERY))
     exact = cases.plain_attention(q.double(), k.double(), v.double(), exactly(mask))
     tolerance = 1e-12 if implementation.finest == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(every.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("form", ["row", "causal", "additive"])
-def test_left_padding_changes_no_answer(implementation, cases, form, kept_window):
+def test_left_padding_changes_no_answer(implementation, cases, form, rule):
     n, pad, dtype = 60, 17, implementation.finest
     q, k, v = cases.qkv(n=n, dim=8, dtype=dtype)
-    positions, options = choose(1, 1, n, 20), {"window": 7, "sinks": 3, "kept_window": kept_window}
+    positions, options = choose(1, 1, n, 20), {"window": 7, "sinks": 3, **rule}
     given_ = (q, k, v, *kept_kv(k, v, positions), positions, torch.ones(1, n))
     alone = implementation.run(window_attention, *given_, **options)
     long = [torch.cat((torch.full((1, x.shape[1], pad, 8), 7.0, dtype=dtype), x), 2) for x in (q, k, v)]
@@ -247,23 +267,23 @@ def test_left_padding_changes_no_answer(implementation, cases, form, kept_window
     assert not batch[0, :, :pad].any(), "padding sees nothing"
 
 
-@both
-def test_a_sample_of_padding_only_is_zero(implementation, cases, kept_window):
+@each_rule
+def test_a_sample_of_padding_only_is_zero(implementation, cases, rule):
     q, k, v = cases.qkv(batch=2, n=21, dim=8, dtype=implementation.finest)
     real = torch.ones(2, 21, dtype=torch.bool)
     real[1] = False
-    options = {"window": 4, "kept_window": kept_window}
+    options = {"window": 4, **rule}
     got = check(implementation, q, k, v, choose(2, 1, 21, 9), real, real[:, None, None], **options)
     assert got[0].any() and not got[1].any()
 
 
-@both
-def test_far_keys_are_not_read(implementation, cases, kept_window):
-    """A NaN outside the slice of its block does not reach a row that is not kept."""
+@each_rule
+def test_far_keys_are_not_read(implementation, cases, rule):
+    """A NaN outside the slice of its block does not reach a row, unless it is kept and sees later ones."""
     q, k, v = cases.qkv(n=200, heads="mqa", dim=8, dtype=implementation.finest)
     positions = torch.tensor([[[0, 30, 199]]])
     given_ = (*kept_kv(k, v, positions), positions, torch.ones(1, 200))
-    options = {"window": 5, "sinks": 2, "kept_window": kept_window}
+    options = {"window": 5, "sinks": 2, **rule}
     clean = implementation.run(window_attention, q, k, v, *given_, **options)
     k[:, :, 150], v[:, :, 150] = float("nan"), float("nan")
     dirty = implementation.run(window_attention, q, k, v, *given_, **options)
@@ -280,8 +300,8 @@ def test_inputs_stay_as_they_are(implementation, cases):
         masked("bias", 1, 8, 21, implementation.finest)[0],
     )  # fmt: skip
     copies = [x.clone() for x in given_]
-    for kept_window in (False, True):
-        window_attention(*given_, kept_window=kept_window, kernel=implementation.kernel)
+    for rule in (KEPT, UNION, EVERY):
+        window_attention(*given_, **rule, kernel=implementation.kernel)
     assert all(torch.equal(x, copy) for x, copy in zip(given_, copies, strict=True))
 
 
@@ -291,39 +311,36 @@ def test_empty_batch(implementation):
     assert implementation.run(window_attention, *given_).shape == (0, 4, 6, 5)
 
 
-@both
-def test_a_mask_of_no_samples_is_none(implementation, cases, kept_window):
+@each_rule
+def test_a_mask_of_no_samples_is_none(implementation, cases, rule):
     q, k, v = cases.qkv(n=19, dim=4, dtype=implementation.finest)
     positions = choose(1, 1, 19, 5)
     given_ = (q, k, v, *kept_kv(k, v, positions), positions, torch.ones(1, 19))
     nothing = torch.ones(0, 1, 1, 19, dtype=torch.bool)
-    got, expected = (
-        implementation.run(window_attention, *given_, mask, window=3, kept_window=kept_window)
-        for mask in (nothing, None)
-    )
+    got, expected = (implementation.run(window_attention, *given_, mask, window=3, **rule) for mask in (nothing, None))
     assert torch.equal(got, expected)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "left-row", "left"])
 @only("interpreted")
-def test_several_blocks_of_kept_rows(implementation, cases, kind, dtype, kept_window):
+def test_several_blocks_of_kept_rows(implementation, cases, kind, dtype, rule):
     q, k, v = cases.qkv(batch=2, heads="mha", n=170, dim=60, dtype=dtype)
     mask, real = masked(kind, 2, 2, 170, dtype)
-    check(implementation, q, k, v, choose(2, 1, 170, 140), real, mask, window=40, kept_window=kept_window)
+    check(implementation, q, k, v, choose(2, 1, 170, 140), real, mask, window=40, **rule)
 
 
-@both
+@each_rule
 @pytest.mark.parametrize("kernel", ["triton", "auto", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @gpu_only
-def test_a_large_prompt(implementation, cases, dtype, kernel, kept_window):
+def test_a_large_prompt(implementation, cases, dtype, kernel, rule):
     q, k, v = cases.qkv(2, (16, 4), 4096, 64, dtype=dtype)
     row, positions = padding(2, 4096, "left"), choose(2, 1, 4096, 1600)
     given_ = (q, k, v, *(gather_tokens(x, positions) for x in (k, v)), positions, row.float(), row[:, None, None])
     where = row[:, None, :, None].expand(-1, 16, -1, 1)
-    options = {"kernel": kernel, "kept_window": kept_window, "where": where, "zeros": False}
+    options = {"kernel": kernel, **rule, "where": where, "zeros": False}
     compare_kernels.check(implementation, window_attention, *given_, **options)
 
 
@@ -333,6 +350,9 @@ GOOD = {"q": Q, "k": K, "v": V, "kept_k": K[:, :, :3], "kept_v": V[:, :, :3],
 BAD = {
     "q-integer": ({"q": Q.int()}, "q: expected a floating-point dtype, got torch.int32"),
     "q-rows": ({"q": Q[:, :, :3]}, "q: expected 6 tokens, like k, got 3"),
+    "q-too-many": ({"q": Q.repeat(1, 1, 2, 1), **EVERY}, "q: expected 6 tokens, like k, or the newest of them, got 12"),
+    "queries": ({"queries": "none"}, 'queries: expected "selected" or "all", got \'none\''),
+    "kept_window": ({"queries": "all"}, 'kept_window: expected True, with queries="all", got False'),
     "k-width": ({"k": K[..., :4]}, "k: expected head_dim 8, like q, got 4"),
     "v-heads": ({"v": V[:, :1]}, "v: expected heads and tokens [2, 6], like k, got [1, 6]"),
     "kept_k-rank": ({"kept_k": K[0]}, "kept_k: expected batch, heads, head_dim, dtype and device ['2', '2', '8', "),

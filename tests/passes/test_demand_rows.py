@@ -51,7 +51,9 @@ def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
     assert widths(graph)["q"] == [PROBES, kept, PROBES, 1] and widths(graph)["v"] == [kept, kept]
 
 
-OPTIONS = [{}, {"unselected": "all"}, {"unselected": "hold"}, {"unselected": "window", "window": 3}, {"evict": "keep"}]
+OPTIONS = [{}, {"unselected": "all"}, {"unselected": "hold"}, {"unselected": "window", "window": 3},
+           {"unselected": "window", "window": 3, "kept_window": True},
+           {"unselected": "all", "window": 3, "kept_window": True}, {"evict": "keep"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -61,17 +63,24 @@ def test_a_number_of_tokens_that_depends_on_data(record, batch, dynamic, options
     stack = Stack(READS["slice"][0], bias=True)
     graph, recorder = both(record, stack, hidden_states(batch=batch), dynamic=dynamic, tau=0.6, **options)
     assert not recorder.demands[0].reason and widths(graph)["o"][-1] == 1
-    if "window" in options:
-        assert len(WindowAttentionCall.all(graph)) == 1, "none is left in the last layer"
+    found = WindowAttentionCall.all(graph)
+    if "kept_window" in options:
+        assert len(found) == 2 and found[-1].queries == "all", "the last layer has one row of it"
+    elif "window" in options:
+        assert len(found) == 1, "none is left in the last layer"
 
 
-def test_a_last_row_that_sees_its_window_is_taken_from_the_others(record):
-    options = {"unselected": "window", "window": 3, "kept_window": True}
+@pytest.mark.parametrize("unselected", ["window", "all"])
+def test_a_last_row_that_sees_its_window_takes_few_queries(record, unselected):
+    options = {"unselected": unselected, "window": 3, "kept_window": True}
     graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(), **RATIO, **options)
-    assert not recorder.demands[0].reason and widths(graph)["o"][-1] == 1 and widths(graph)["q"][-1] == N
+    assert not recorder.demands[0].reason
+    found = widths(graph)
+    assert found["o"] == [N, 1] and found["q"] == [N, PROBES] and found["v"] == [N, N]
+    assert recorder.pruned[-1].parts == ("q", "output")
 
 
-@pytest.mark.parametrize("unselected", ["zero", "hold", "window"])
+@pytest.mark.parametrize("unselected", ["zero", "hold", "window", "kept and window", "union"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["row", "matrix"])
 def test_padding_of_either_side(record, side, matrix, unselected):
@@ -81,7 +90,12 @@ def test_padding_of_either_side(record, side, matrix, unselected):
     if matrix:
         mask[:, :, 12:, 2] = False
     stack, x = Stack(READS["slice"][0]), hidden_states(batch=2)
-    _, recorder = both(record, stack, x, mask, unselected=unselected, window=3, **RATIO)
+    rules = {
+        "kept and window": {"unselected": "window", "kept_window": True},
+        "union": {"unselected": "all", "kept_window": True},
+    }
+    rule = rules.get(unselected, {"unselected": unselected})
+    _, recorder = both(record, stack, x, mask, window=3, **rule, **RATIO)
     assert not recorder.demands[0].reason
 
 

@@ -109,9 +109,10 @@ def test_held_rows_of_a_number_of_tokens_that_depends_on_data(record, batch, dyn
     assert [pruning.parts for pruning in recorder.pruned] == [ALL, ALL]
 
 
-@pytest.mark.parametrize("kept_window", [False, True])
-def test_rows_that_attend_to_a_window_need_every_projection(record, kept_window):
-    graph, recorder = both(record, layer(), hidden_states(), unselected="window", kept_window=kept_window, **RATIO)
+@pytest.mark.parametrize(("unselected", "kept_window"), [("window", False), ("window", True), ("all", True)])
+def test_rows_that_attend_to_a_window_need_every_projection(record, unselected, kept_window):
+    rule = {"unselected": unselected, "kept_window": kept_window}
+    graph, recorder = both(record, layer(), hidden_states(), **rule, **RATIO)
     assert set(reasons(recorder).values()) == {"every token attends to its window"}
     assert widths(graph) == {name: [N] for name in ("q", "k", "v", "o", "up")}
 

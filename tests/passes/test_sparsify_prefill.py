@@ -79,7 +79,7 @@ def test_tau_1_changes_nothing_but_the_graph(record, modules, form, masked):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("unselected", ["zero", "hold", "all", "window", "kept and window"])
+@pytest.mark.parametrize("unselected", ["zero", "hold", "all", "window", "kept and window", "union"])
 @pytest.mark.parametrize("mask", ["none", "padding", "padding-per-head", "additive", "broadcast-batch"])
 def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_paper, mask, unselected, dynamic):
     q, k, v = modules.qkv(seed=1)
@@ -93,9 +93,11 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
     rule = {"unselected": unselected, "window": 3, "sinks": 2}
     if unselected == "kept and window":
         rule |= {"unselected": "window", "kept_window": True}
+    if unselected == "union":
+        rule |= {"unselected": "all", "kept_window": True}
     module = modules.Packed(modules.Prefill(is_causal=given is None, scale=0.5), q, k, v)
     (out, *_, kept), recorder = record(module, modules.pack(q, k, v), given, dynamic=dynamic, **rule)
-    assert recorder.added[0] == (ADDED if rule["unselected"] != "window" else WITH_WINDOW)
+    assert recorder.added[0] == (WITH_WINDOW if "window" in unselected or unselected == "union" else ADDED)
     exact, positions = by_the_paper(q, k, v, mask=given, is_causal=given is None, scale=0.5, **rule)
     assert np.array_equal(kept.numpy(), positions)
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)

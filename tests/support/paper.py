@@ -130,7 +130,7 @@ def attention(
 
     With queries="hold", a token that is not kept gets the output of the kept one before it, or of the first kept one.
     With queries="window", it attends to its `window` newest keys and the `sinks` first ones; kept ones too, besides the
-    kept keys, with `kept_window`. `first` is where each sample starts.
+    kept keys, with `kept_window`; with queries="all" as well, every token does. `first` is where each sample starts.
     """
     q, k, v, look = array(q), array(k), array(v), Mask(mask, is_causal)
     batch, heads, n, width = q.shape
@@ -144,7 +144,8 @@ def attention(
             for i in range(n):
                 if kept[i] or queries in ("all", "window"):
                     wanted = kept.copy() if kept[i] or queries == "all" else np.zeros(n, dtype=bool)
-                    if queries == "window" and (kept_window or not kept[i]):
+                    attends = kept[i] or queries == "all"
+                    if kept_window or not attends:
                         wanted[max(i - window + 1, 0) : i + 1] = True
                         start = 0 if first is None else int(first[b])
                         wanted[start : min(start + sinks, i + 1)] = True

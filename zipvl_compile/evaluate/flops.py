@@ -130,12 +130,15 @@ def _decode_attention(x: Arguments) -> int:
 
 def _window_attention(x: Arguments) -> int:
     """Kept rows see kept keys, with `kept_window` local ones too; other rows see local ones, padding among them."""
-    kept, rows = x["positions"][:, 0], _all_rows(x["q"])
-    back = rows[0, :, None] - rows[0]  # [n, n], how far back a key is
-    local = ((back >= 0) & ((back < x["window"]) | (rows < x["sinks"]))).expand(len(kept), -1, -1)
-    is_kept = torch.zeros(len(kept), rows.shape[1], dtype=torch.bool, device=kept.device).scatter_(1, kept, True)
-    only_local = local & ~(is_kept[:, :, None] & is_kept[:, None]) if x["kept_window"] else local & ~is_kept[:, :, None]
-    among_kept = _flops(x["q"], x["v"], kept, kept, x["is_causal"], x["mask"])
+    kept, every = x["positions"][:, 0], x["queries"] == "all"
+    columns = _all_rows(x["k"])
+    rows = columns[:, -x["q"].shape[2] :]
+    back = rows[0, :, None] - columns[0]  # [m, n], how far back a key is
+    local = ((back >= 0) & ((back < x["window"]) | (columns < x["sinks"]))).expand(len(kept), -1, -1)
+    is_kept = torch.zeros(len(kept), columns.shape[1], dtype=torch.bool, device=kept.device).scatter_(1, kept, True)
+    sees_kept = torch.ones_like(rows, dtype=torch.bool) if every else is_kept
+    only_local = local & ~(sees_kept[:, :, None] & (is_kept[:, None] | (not x["kept_window"])))
+    among_kept = _flops(x["q"], x["v"], rows if every else kept, kept, x["is_causal"], x["mask"])
     return among_kept + 2 * x["q"].shape[1] * (x["q"].shape[3] + x["v"].shape[3]) * int(only_local.sum())
 
 

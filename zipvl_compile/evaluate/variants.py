@@ -35,6 +35,7 @@ VARIANTS: dict[str, Options] = {
     **_rows("window", {"policy": "window"}, "tau", (0.99, 0.975, 0.9, 0.8)),
     **_rows("window + fixed ratio", {"policy": "window"}, "keep_ratio", RATIOS),
     **_rows("kept and window", {"policy": "window", "kept_window": True}, "tau", (0.99, 0.975, 0.9, 0.8)),
+    **_rows("union", {"policy": "union"}, "tau", (0.975, 0.95, 0.9, 0.8)),
     **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.975, 0.9, 0.8)),
     **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", RATIOS),
     **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", RATIOS),

@@ -89,21 +89,26 @@ def test_decode_attention_counts_cached_tokens():
 
 
 @pytest.mark.parametrize(
-    ("kept_window", "sinks", "pairs"),
+    ("kept_window", "queries", "sinks", "pairs"),
     [
         # Rows 1, 3, 4 see two neighbours each, kept rows 1 + 2 + 3 kept keys.
-        (False, 0, 6 + 2 + 2 + 2),
+        (False, "selected", 0, 6 + 2 + 2 + 2),
         # Row 1 sees 0 and 1; rows 3 and 4 see token 0 as well.
-        (False, 1, 6 + 2 + 3 + 3),
+        (False, "selected", 1, 6 + 2 + 3 + 3),
         # Kept rows see the token before them, too, which is not kept: rows 2 and 5.
-        (True, 0, 12 + 2),
+        (True, "selected", 0, 12 + 2),
+        # 0 | 0 1 | 1 2 and 0 | 0 2 3 | 0 2 3 4 | 0 2 4 5
+        (True, "all", 0, 1 + 2 + 3 + 3 + 4 + 4),
     ],
 )
-def test_window_attention_counts_neighbours_once(kept_window, sinks, pairs):
+def test_window_attention_counts_neighbours_once(kept_window, queries, sinks, pairs):
     q, k, v = qkv()
     given = {"q": q, "k": k, "v": v, "positions": KEPT, "mask": None, "is_causal": True, "window": 2}
-    total = FORMULAS["zipvl::window_attention"](given | {"sinks": sinks, "kept_window": kept_window})
-    assert total == pairs * HEADS * 2 * (D + DV)
+    rule = {"sinks": sinks, "kept_window": kept_window, "queries": queries}
+    assert FORMULAS["zipvl::window_attention"](given | rule) == pairs * HEADS * 2 * (D + DV)
+    if queries == "all":
+        last = given | rule | {"q": q[:, :, -2:]}
+        assert FORMULAS["zipvl::window_attention"](last) == (4 + 4) * HEADS * 2 * (D + DV)
 
 
 def test_heads_of_a_mask_count_one_by_one():
