@@ -1,6 +1,5 @@
-"""window_attention in plain PyTorch: a block of rows at a time attends to the sinks and to one slice of the keys.
+"""window_attention in plain PyTorch: a block of rows at a time attends to the keys near it (`near_keys`).
 
-Slices measured faster on CPUs than one batch of overlapping views, which scaled_dot_product_attention wants copied.
 Kept rows are computed with the others and written over: leaving them out would widen the slices by as much as it saves.
 
 With kept_window=True a kept row has two disjoint parts, its kept keys and its local ones, joined by log-sum-exp:
@@ -18,6 +17,7 @@ from zipvl_compile.kernels.common.log_sum_exp import joined, only, with_lse
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.masks import visible as shown_by
 from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
+from zipvl_compile.kernels.near_keys import NearKeys
 from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
 
 BLOCK_ROWS = 64, 256  # least and most rows of a block, otherwise as many as the window: a slice is at most half wasted
@@ -71,34 +71,16 @@ def _attend_locally(
 
     With `lse`, kept rows leave the kept keys out.
     """
-    batch, heads, n, _ = q.shape
-    real = sinks.clamp(max=n - 1)[:, None]  # [B, 1, S]; those that are not real are hidden
-    sink_k, sink_v = (take_rows(x, real, x.new_empty(*x.shape[:2], sinks.shape[1], x.shape[3])) for x in (k, v))
-    sink_mask = None if mask is None else take(mask, batch, None, real)  # [B, H, n or 1, S]
-    kept = sink_kept = None
+    heads, n = q.shape[1:3]
+    near = NearKeys(k, v, sinks, window, 0, min(max(window, BLOCK_ROWS[0]), BLOCK_ROWS[1]))
+    shown = near.shown
     if lse is not None:
         kept = kept_tokens(positions, n)
-        kept = kept if kept.shape[1] == 1 else kept.repeat_interleave(heads // kept.shape[1], 1)  # [B, 1 or Hq, n]
-        sink_kept = kept.gather(2, real.expand(-1, kept.shape[1], -1))
-    rows_ = min(max(window, BLOCK_ROWS[0]), BLOCK_ROWS[1])
-    for start in range(0, n, rows_):
-        rows = slice(start, min(start + rows_, n))
-        keys = slice(max(start - window + 1, 0), rows.stop)
-        row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]  # [m, 1]
-        near = torch.arange(keys.start, keys.stop, device=q.device)
-        near = (near <= row) & (near > row - window)  # [m, keys]
-        far = sinks[:, None, None] <= row - window  # [B, 1, m, S]
-        shown = torch.cat((far, near.expand(batch, 1, -1, -1)), 3)  # a sink inside the window is there already
-        if kept is not None and sink_kept is not None:
-            columns = torch.cat((sink_kept, kept[..., keys]), 2)
-            shown = shown & ~(kept[..., rows, None] & columns.unsqueeze(2))  # [B, 1 or Hq, m, S + keys]
-        if mask is not None and sink_mask is not None:
-            own = slice(None) if mask.shape[2] == 1 else rows
-            part = torch.cat((sink_mask[:, :, own], mask[:, :, own, keys].expand(batch, -1, -1, -1)), 3)
-            shown = only(part, shown & shown_by(part))
-        near_k, near_v = (torch.cat((s, x[:, :, keys]), 2) for s, x in ((sink_k, k), (sink_v, v)))
+        kept = kept if kept.shape[1] == 1 else per_head(kept, heads)  # [B, 1 or Hq, n]
+        shown = shown & ~(near.at_rows(kept) & near.at_columns(kept))
+    for block in near.blocks(shown, mask):
+        given = (q[:, :, block.rows], block.k, block.v, block.mask, False, scale, softcap)
         if lse is None:
-            out[:, :, rows] = dense_attention(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
+            out[:, :, block.rows] = dense_attention(*given)
         else:
-            result = with_lse(q[:, :, rows], near_k, near_v, shown, False, scale, softcap)
-            out[:, :, rows], lse[:, :, rows] = result
+            out[:, :, block.rows], lse[:, :, block.rows] = with_lse(*given)

@@ -288,7 +288,7 @@ def test_far_keys_are_not_read(implementation, cases, rule):
     k[:, :, 150], v[:, :, 150] = float("nan"), float("nan")
     dirty = implementation.run(window_attention, q, k, v, *given_, **options)
     assert dirty[:, :, 150:155].isnan().all()
-    for rows in (slice(1, 30), slice(31, 128)):
+    for rows in (slice(1, 30), slice(31, 72)):  # the block before
         assert torch.equal(dirty[:, :, rows], clean[:, :, rows])
 
 
