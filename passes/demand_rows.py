@@ -197,10 +197,12 @@ def attend_last_to_window(attention: WindowAttentionCall, before: Node) -> tuple
 
 
 def last_is_kept(positions: Node, scores: TokenScoresCall, before: Node) -> Node:
-    """Insert whether the last token of the prompt is kept, bool `[B, 1, 1, 1]`."""
-    n = size(scores.k, 2, before)
+    """Insert whether the last token of the prompt is kept, bool `[B, 1 or Hq, 1, 1]`."""
+    n, groups = size(scores.k, 2, before), example(positions).shape[1]
     at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
-    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, 1]
+    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, G]
+    if groups > 1:
+        kept = insert_call(before, torch.repeat_interleave, (kept, example(scores.q).shape[1] // groups, 1))
     return insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
 
 

@@ -45,7 +45,8 @@ class Policy:
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.
-        groups: "layer" selects once per layer, which is all that there is yet.
+        groups: "layer" selects once per layer, "kv_head" for each KV head, the same number of tokens each. Then no
+            projection is pruned, and where the cache holds latents, a layer selects once all the same.
     """
 
     recent_probes: int = 64
@@ -67,7 +68,7 @@ class Policy:
     prefill: Literal["sparse", "dense"] = "sparse"
     dense_layers: int | tuple[int, ...] = 0
     share: bool = False
-    groups: Literal["layer"] = "layer"
+    groups: Literal["layer", "kv_head"] = "layer"
 
     @property
     def budget(self) -> Budget:

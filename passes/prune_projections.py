@@ -243,9 +243,9 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
     return reasons
 
 
-def prune_beside_window(site: Around, graph: Graph) -> dict[str, str]:
-    """Prune Q where `demand_rows` left one row of it; every token attends to its window, which takes all the rest."""
-    reasons = dict.fromkeys(PARTS, "every token attends to its window")
+def prune_last_query(site: Around, graph: Graph, reason: str) -> dict[str, str]:
+    """Prune Q where `demand_rows` left one row of it; all the rest is needed for this reason."""
+    reasons = dict.fromkeys(PARTS, reason)
     if not is_op(site.query, "getitem"):
         return reasons
     try:
@@ -268,7 +268,8 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         if not site.rewritten:
             continue
         if WindowAttentionCall.matches(site.node):
-            sites.pruned.append(Pruning(site.name, prune_beside_window(Around(site.node), graph)))
+            reason = "every token attends to its window"
+            sites.pruned.append(Pruning(site.name, prune_last_query(Around(site.node), graph, reason)))
             continue
         if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
             reason = f"the attention is dense: {site.needs_true_rows}"
@@ -277,6 +278,10 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         around = Around(site.node)
         if reason := refusal(around):
             sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
+            continue
+        if example(around.positions).shape[1] > 1:
+            reason = "each KV head keeps tokens of its own"
+            sites.pruned.append(Pruning(site.name, prune_last_query(around, graph, reason)))
             continue
         if around.positions not in rows:
             rows[around.positions] = kept_rows(around.positions)

@@ -21,6 +21,7 @@ from zipvl_compile.policies import policy
 from zipvl_compile.policies.presets import DEFAULT, PRESETS
 
 BUDGETS = ("tau", "keep_ratio", "keep_tokens")
+FIXED = ("keep_ratio", "keep_tokens")
 
 
 class OptionError(UserError):
@@ -172,9 +173,10 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_budgets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the numbers of a budget are once another one of them is given."""
+    """Return what the numbers of a budget are once another one of them is given; a fixed number has no floor."""
     none = {"tau": Policy.tau, "keep_ratio": None, "keep_tokens": None}
-    return none if any(given.get(name) is not None for name in BUDGETS) else {}
+    fixed = {"floor": Policy.floor} if any(given.get(name) is not None for name in FIXED) else {}
+    return none | fixed if any(given.get(name) is not None for name in BUDGETS) else {}
 
 
 def _is_mode(value: Any) -> bool:
@@ -242,7 +244,7 @@ _CHECKS: dict[str, _Check] = {
         "Use 0 to let every layer select.",
     ),
     "share": (_flag, "True or False", "Use False to let every layer select."),
-    "groups": _words("layer", remedy='A selection per "kv_head": it is not available yet; leave the option out.'),
+    "groups": _words("layer", "kv_head", remedy='Use "layer" for one selection per layer.'),
     "evict": _words("drop", "keep", remedy='Use "keep" for a full KV cache.'),
     "min_tokens": (
         _or_none(_count(0)),

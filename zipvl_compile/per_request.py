@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from zipvl_compile.kernels.budget import Budget
-from zipvl_compile.options import BUDGETS, OptionError, check
+from zipvl_compile.options import BUDGETS, FIXED, OptionError, check
 
 _asked: ContextVar[Mapping[str, Any]] = ContextVar("zipvl_settings", default={})  # noqa: B039  (nobody writes to it)
 _selecting: ContextVar[frozenset[int] | None] = ContextVar("zipvl_selecting", default=None)
@@ -36,8 +36,8 @@ def settings(
 
     Args:
         tau: fraction of the attention to keep, in (0, 1].
-        keep_ratio: fixed fraction of tokens instead, in (0, 1].
-        keep_tokens: fixed number of tokens instead, at least 1.
+        keep_ratio: fixed fraction of tokens instead of it and of a floor, in (0, 1].
+        keep_tokens: fixed number of tokens instead of it and of a floor, at least 1.
         floor: least fraction of tokens, in [0, 1].
 
     What is not given stays as the model was compiled, or as a block around this one says. A prompt that is dense, as
@@ -57,8 +57,9 @@ def settings(
 
 
 def _merged(numbers: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return numbers of which others were given: one of `BUDGETS` takes the place of another."""
+    """Return numbers of which others were given: one of `BUDGETS` replaces another, a fixed one a floor besides."""
     replaced = BUDGETS if any(name in given for name in BUDGETS) else ()
+    replaced = (*replaced, "floor") if any(name in given for name in FIXED) else replaced
     return {name: value for name, value in numbers.items() if name not in replaced} | dict(given)
 
 

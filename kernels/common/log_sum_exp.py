@@ -33,12 +33,12 @@ def with_lse(
         if mask.dtype == torch.bool:
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     if softcap is None and q.device.type == "cpu":
-        widest, heads = max(q.shape[3], v.shape[3]), q.shape[1]
+        widest = max(q.shape[3], v.shape[3])
         same = [F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v)]
         if mask is None and not is_causal:  # the rows of a KV head's queries as one matrix: larger tiles
             same[0] = same[0].reshape(q.shape[0], k.shape[1], -1, widest)
         out, lse = FLASH_ON_CPU(*same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale)
-        out, lse = (x.reshape(q.shape[0], heads, q.shape[2], -1) for x in (out, lse))
+        out, lse = (x.reshape(*q.shape[:3], -1) for x in (out, lse))
         if mask is not None:
             lse = lse.masked_fill(~shown_by(mask).any(-1, keepdim=True), lowest)
         return out[..., : v.shape[3]], lse

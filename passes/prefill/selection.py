@@ -19,11 +19,13 @@ from zipvl_compile.passes.masks.mask_form import CanonicalMasks
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.outcome import Demanded
+from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site
 from zipvl_compile.passes.prefill import ranking
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.row_select import token_positions
 
+ONE_LATENT = Reason(Why.LATENT_CACHE, 'one selection for all heads despite groups="kv_head": its cache holds latents')
 BUDGET = "zipvl_budget"  # the graph's last input, where there is one
 LAYERS = "zipvl_layers"  # in its meta: the numbers of the layers that its rows are for
 
@@ -95,8 +97,8 @@ def select(
     key = attention.in_its_dtype(attention.key)
     scores = TokenScoresCall(
         q=attention.query, k=key, mask=rows, is_causal=is_causal, scale=attention.scale, softcap=attention.softcap,
-        recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed, groups=1,
-        even=settings.score == "even",
+        recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed,
+        groups=groups_of(site, settings), even=settings.score == "even",
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
     keep_recent, protected = always_kept(site, demanded, settings)
@@ -112,6 +114,17 @@ def select(
         budget=budget,
     ).insert(node)  # fmt: skip
     return Selection(positions, visible)
+
+
+def groups_of(site: Site, settings: Settings) -> int:
+    """Return how many selections a layer makes: one, or one for each KV head where its cache holds each head's own."""
+    assert site.layer is not None
+    heads = example(site.attention.key).shape[1]
+    if settings.groups == "layer":
+        return 1
+    each = all(example(gather.x).shape[1] == heads for gather in cache_layers.gathers(site.layer))
+    site.note = None if each else ONE_LATENT
+    return heads if each else 1
 
 
 def compact(site: Site, attention: Attention, selection: Selection, settings: Settings) -> Kept:

@@ -47,7 +47,7 @@ def by_the_paper(paper):
         chosen = Settings(**SELECTION | changed)
         rows = probe_rows(q.shape[2], chosen.recent_probes, chosen.random_probes, chosen.seed)
         look = {"mask": mask, "is_causal": is_causal, "scale": scale, "softcap": softcap}
-        scores, visible = paper.scores(q, k, rows, **look)
+        scores, visible = paper.scores(q, k, rows, groups=1 if chosen.groups == "layer" else k.shape[1], **look)
         hold = chosen.unselected == "hold"
         kept = paper.selection(
             scores, visible, tau=chosen.tau, keep_ratio=chosen.keep_ratio, keep_tokens=chosen.keep_tokens,

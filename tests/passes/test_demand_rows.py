@@ -53,7 +53,8 @@ def test_the_last_row_is_computed_where_it_is_no_probe_row(record, batch):
 
 OPTIONS = [{}, {"unselected": "all"}, {"unselected": "hold"}, {"unselected": "window", "window": 3},
            {"unselected": "window", "window": 3, "kept_window": True},
-           {"unselected": "all", "window": 3, "kept_window": True}, {"evict": "keep"}]  # fmt: skip
+           {"unselected": "all", "window": 3, "kept_window": True}, {"groups": "kv_head"},
+           {"evict": "keep"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -80,10 +81,11 @@ def test_a_last_row_that_sees_its_window_takes_few_queries(record, unselected):
     assert recorder.pruned[-1].parts == ("q", "output")
 
 
+@pytest.mark.parametrize("groups", ["layer", "kv_head"])
 @pytest.mark.parametrize("unselected", ["zero", "hold", "window", "kept and window", "union"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["row", "matrix"])
-def test_padding_of_either_side(record, side, matrix, unselected):
+def test_padding_of_either_side(record, side, matrix, unselected, groups):
     """With padding on the right the last row is no token and is not kept: its attention output is none of its own."""
     mask = torch.ones(2, 1, N, N, dtype=torch.bool).tril()
     mask[0, ..., slice(0, 5) if side == "left" else slice(N - 5, N)] = False
@@ -95,7 +97,7 @@ def test_padding_of_either_side(record, side, matrix, unselected):
         "union": {"unselected": "all", "kept_window": True},
     }
     rule = rules.get(unselected, {"unselected": unselected})
-    _, recorder = both(record, stack, x, mask, window=3, **rule, **RATIO)
+    _, recorder = both(record, stack, x, mask, window=3, groups=groups, **rule, **RATIO)
     assert not recorder.demands[0].reason
 
 

@@ -117,6 +117,12 @@ def test_rows_that_attend_to_a_window_need_every_projection(record, unselected, 
     assert widths(graph) == {name: [N] for name in ("q", "k", "v", "o", "up")}
 
 
+def test_heads_with_tokens_of_their_own_need_every_projection(record):
+    graph, recorder = both(record, layer(), hidden_states(), groups="kv_head", **RATIO)
+    assert set(reasons(recorder).values()) == {"each KV head keeps tokens of its own"}
+    assert widths(graph) == {name: [N] for name in ("q", "k", "v", "o", "up")}
+
+
 RESIDUALS = {
     "sum": (lambda x, a: x + a, True),
     "sum the other way": (lambda x, a: a + x, True),

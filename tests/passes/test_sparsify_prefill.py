@@ -103,6 +103,46 @@ def test_masks_scale_and_queries_reach_the_operators(record, modules, by_the_pap
     np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padding"])
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"unselected": "hold"}, {"unselected": "all"}, {"unselected": "window", "window": 3, "sinks": 2},
+     {"unselected": "all", "kept_window": True, "window": 3, "sinks": 2}, {"score": "value"}, {"score": "random"},
+     {"pooling": 3}],
+    ids=str,
+)  # fmt: skip
+def test_each_kv_head_keeps_tokens_of_its_own(record, modules, by_the_paper, rule, padding, dynamic):
+    q, k, v = modules.qkv(seed=1)
+    mask = padded(2, 20) if padding else None
+    module = modules.Packed(modules.Prefill(is_causal=not padding), q, k, v)
+    (out, keys, values, kept), recorder = record(
+        module, modules.pack(q, k, v), mask, dynamic=dynamic, groups="kv_head", **rule
+    )
+    assert outcomes(recorder) == [("prefill", "")]
+    assert kept.shape[:2] == k.shape[:2] and any(not torch.equal(one[0], one[1]) for one in kept)
+    p = kept.shape[2]
+    for cached, x in ((keys, k), (values, v)):
+        assert torch.equal(cached[:, :, :p], x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[3])))
+    if not rule.keys() & {"score", "pooling"}:
+        exact, positions = by_the_paper(q, k, v, mask=mask, is_causal=not padding, groups="kv_head", **rule)
+        assert np.array_equal(kept.numpy(), positions)
+        np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_latents_serve_all_heads(record, modules):
+    """Keys and values of every head come from one cached latent, so that a head cannot keep its own tokens."""
+
+    def latent(q, latents):
+        k, v = latents.repeat(1, 2, 1, 1), (2 * latents).repeat(1, 2, 1, 1)
+        return modules.attend(q, k, v, is_causal=True), *modules.cache(latents, latents)
+
+    q, k, _ = modules.qkv()
+    (_, *_, kept), recorder = record(Wrapped(latent), q, k[:, :1], groups="kv_head")
+    (site,) = recorder.sites.outcomes
+    assert kept.shape[1] == 1 and site.rewritten and "its cache holds latents" in str(site.note)
+
+
 @pytest.mark.parametrize(
     "changed",
     [

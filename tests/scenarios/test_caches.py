@@ -15,7 +15,8 @@ from zipvl_compile.cache.hf_names import as_argument
 
 EVERY = {"tau": 1.0}
 SPARSE = {"tau": 0.7}
-BOTH = pytest.mark.parametrize("options", [EVERY, SPARSE], ids=["tau=1", "tau=0.7"])
+HEADS = {"tau": 0.7, "groups": "kv_head"}
+BOTH = pytest.mark.parametrize("options", [EVERY, SPARSE, HEADS], ids=["tau=1", "tau=0.7", "kv_head"])
 QUESTIONS = [[9, 10, 11], [20, 21], [30]]
 
 

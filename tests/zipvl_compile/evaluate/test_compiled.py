@@ -23,7 +23,7 @@ def test_without_options_it_is_the_model_itself():
 
 def test_variants_of_one_rule_share_a_trace():
     compiled = Compiled(model())
-    assert kept_by(compiled, {"keep_ratio": 0.5}) == ([20, 20], True)
+    assert kept_by(compiled, {"policy": "paper", "keep_ratio": 0.5}) == ([20, 20], True)
     assert kept_by(compiled, {"policy": "fixed_ratio", "keep_ratio": 0.25}) == ([10, 10], False)
     adaptive, new = kept_by(compiled, {"policy": "paper", "tau": 0.6})
     assert not new and all(count < 40 for count in adaptive) and adaptive != [20, 20]

@@ -66,7 +66,7 @@ def test_the_model_decides_for_each_prompt(monkeypatch, site, rewritten):
     speed = dataclasses.replace(SLOW_SITE, site=site, score=0.0, token=0.0, byte=0.0, multiply=0.0)
     monkeypatch.setattr(module, "machine", lambda device, dtype: speed)
     with torch.no_grad(), collect() as reports:
-        compiled(min_tokens=None)(**inputs(text=20))
+        compiled(min_tokens=None, policy="paper")(**inputs(text=20))
     sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
     assert sites and all(site.rewritten == rewritten for site in sites)
 

@@ -53,7 +53,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def explanation(model, inputs):
-    return explain(model, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs)
+    return explain(model, options={**EVERY_LENGTH, "policy": "paper", "keep_ratio": 0.25}, **inputs)
 
 
 def decoder(kind, explanation):
@@ -97,7 +97,7 @@ PREFILL = "15 of 57 (26.3%), pruned q, v, output"
 
 
 def test_projections_that_stay_dense_say_why(model, inputs):
-    options = {**EVERY_LENGTH, "keep_ratio": 0.25, "evict": "keep"}
+    options = {**EVERY_LENGTH, "policy": "paper", "keep_ratio": 0.25, "evict": "keep"}
     shown = explain(model, options=options, **inputs)
     assert {row.pruned for row in decoder("prefill", shown)} == {"q, output"}
     assert {row.pruned for row in shown.rows if row.kind != "prefill"} == {""}
@@ -123,7 +123,7 @@ def test_a_short_prompt_is_dense_and_the_remedy_is_named(model, inputs):
 
 def test_asked_again_and_of_a_wrapped_model_the_same_is_said(model, inputs, explanation):
     wrapped = torch.compile(model, backend="eager")
-    assert explain(wrapped, options={**EVERY_LENGTH, "keep_ratio": 0.25}, **inputs) == explanation
+    assert explain(wrapped, options={**EVERY_LENGTH, "policy": "paper", "keep_ratio": 0.25}, **inputs) == explanation
 
 
 def test_a_compiled_model_stays_as_it_was(model, inputs):
@@ -179,7 +179,7 @@ def test_bad_arguments_are_explained(model, inputs, change, message):
 
 
 def test_a_mode_of_inductor_is_no_hindrance(model, inputs, explanation):
-    options = {**EVERY_LENGTH, "keep_ratio": 0.25, "mode": "max-autotune"}
+    options = {**EVERY_LENGTH, "policy": "paper", "keep_ratio": 0.25, "mode": "max-autotune"}
     assert explain(model, options=options, **inputs) == explanation
 
 
