@@ -120,7 +120,9 @@ def test_each_kv_head_keeps_tokens_of_its_own(record, modules, by_the_paper, rul
         module, modules.pack(q, k, v), mask, dynamic=dynamic, groups="kv_head", **rule
     )
     assert outcomes(recorder) == [("prefill", "")]
-    assert kept.shape[:2] == k.shape[:2] and any(not torch.equal(one[0], one[1]) for one in kept)
+    assert kept.shape[:2] == k.shape[:2]
+    drawn = rule.get("score") == "random"  # the same numbers for every head
+    assert drawn or any(not torch.equal(one[0], one[1]) for one in kept)
     p = kept.shape[2]
     for cached, x in ((keys, k), (values, v)):
         assert torch.equal(cached[:, :, :p], x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[3])))
@@ -139,7 +141,7 @@ def test_latents_serve_all_heads(record, modules):
 
     q, k, _ = modules.qkv()
     (_, *_, kept), recorder = record(Wrapped(latent), q, k[:, :1], groups="kv_head")
-    (site,) = recorder.sites.outcomes
+    (site,) = recorder.sites[0].outcomes
     assert kept.shape[1] == 1 and site.rewritten and "its cache holds latents" in str(site.note)
 
 

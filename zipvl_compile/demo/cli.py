@@ -200,7 +200,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="report, or choose: what options may be tuned on.")] = "report",
     documents: Annotated[int | None, typer.Option(min=1, help="Most of them, a language model [default: 12].")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of a document in the prompt [default: 1024].")] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="To an LVLM [default: 180].")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="To an LVLM [default: 360].")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("zipvl-eval"),
     model: Annotated[str | None, typer.Option(help="Local folder or hub name of another model.")] = None,
     data: Annotated[Path | None, typer.Option(help="Lines of image, question, answer for --model, an LVLM.")] = None,

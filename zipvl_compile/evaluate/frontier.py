@@ -47,7 +47,7 @@ class Setup:
     split: str = "report"
     documents: int = 12
     tokens: int = 1024
-    questions: int = 180
+    questions: int = 360
     output: Path = Path("zipvl-eval")
     model: str | None = None
     data: Path | None = None

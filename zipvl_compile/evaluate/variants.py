@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.policies.presets import PRESETS
 
 Options = Mapping[str, Any]
 DENSE = "dense"
@@ -25,29 +24,33 @@ def _rows(name: str, options: Options, option: str, values: Iterable[float]) -> 
     return {f"{name} {value}": {**options, option: value} for value in values}
 
 
+UNION = {"policy": "union"}
 VARIANTS: dict[str, Options] = {
     DENSE: {},
-    **_rows("paper", {"policy": "paper"}, "tau", (0.99, 0.975, 0.9, 0.8)),
-    **_rows("paper + floor", {"policy": "paper", "floor": 0.25}, "tau", (0.9, 0.8)),
+    **_rows("paper", {"policy": "paper"}, "tau", (0.975, 0.9, 0.8)),
     **_rows("fixed ratio", {"policy": "fixed_ratio"}, "keep_ratio", RATIOS),
-    **_rows("hold", {"policy": "hold"}, "tau", (0.975, 0.9, 0.8)),
-    **_rows("all queries", {"policy": "paper", "unselected": "all"}, "tau", (0.975, 0.9, 0.8)),
-    **_rows("window", {"policy": "window"}, "tau", (0.99, 0.975, 0.9, 0.8)),
-    **_rows("window + fixed ratio", {"policy": "window"}, "keep_ratio", RATIOS),
-    **_rows("kept and window", {"policy": "window", "kept_window": True}, "tau", (0.99, 0.975, 0.9, 0.8)),
-    **_rows("union", {"policy": "union"}, "tau", (0.975, 0.95, 0.9, 0.8)),
-    **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.975, 0.9, 0.8)),
-    **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", RATIOS),
-    **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", RATIOS),
-    **_rows("streaming", {"policy": "streaming"}, "keep_ratio", RATIOS),
-    **_rows("random", {"policy": "random_tokens"}, "keep_ratio", RATIOS),
+    **_rows("hold", {"policy": "hold"}, "tau", (0.975,)),
+    **_rows("window", {"policy": "window"}, "tau", (0.9,)),
+    **_rows("kept and window", {"policy": "window", "kept_window": True}, "tau", (0.99, 0.9)),
+    **_rows("union", UNION, "tau", (0.975, 0.95, 0.9)),
+    **_rows("union + fixed ratio", UNION, "keep_ratio", RATIOS),
+    **_rows("union with even scores", UNION | {"score": "even"}, "tau", (0.95,)),
+    **_rows("union of each head", UNION | {"groups": "kv_head"}, "tau", (0.95,)),
+    **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.9,)),
+    **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", (0.4,)),
+    **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", (0.4,)),
+    **_rows("streaming", {"policy": "streaming"}, "keep_ratio", (0.4,)),
+    **_rows("random", {"policy": "random_tokens"}, "keep_ratio", (0.4,)),
     **_rows("fastv", {"policy": "fastv"}, "keep_ratio", (0.5,)),
-    **{f"preset {name}": {"preset": name} for name in PRESETS},
     "picture x 0.84": {PICTURE_SCALE: 0.84},
     "picture x 0.63": {PICTURE_SCALE: 0.63},
     "picture x 0.45": {PICTURE_SCALE: 0.45},
 }
-QUICK = (DENSE, "paper 0.975", "window 0.9")
+#: The variant that a preset is, for those who look for its figures.
+OF_PRESETS = {
+    "paper": "paper 0.975", "quality": "kept and window 0.99", "balanced": "union 0.95", "fast": "kept and window 0.9",
+}  # fmt: skip
+QUICK = (DENSE, "paper 0.975", "union 0.95")
 
 
 def chosen(names: Iterable[str] | None = None) -> dict[str, Options]:

@@ -1,10 +1,22 @@
 """The table of variants: dense first, names that the figure can take apart, options that the backend takes."""
 
+import dataclasses
+
 import pytest
 
 from zipvl_compile import policies
 from zipvl_compile.evaluate import variants
-from zipvl_compile.evaluate.variants import DENSE, PICTURE_SCALE, QUICK, VARIANTS, chosen, family, value
+from zipvl_compile.evaluate.variants import (
+    DENSE,
+    OF_PRESETS,
+    PICTURE_SCALE,
+    QUICK,
+    VARIANTS,
+    chosen,
+    family,
+    value,
+)
+from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.policies.presets import PRESETS
 
 
@@ -24,7 +36,13 @@ def test_a_name_is_a_family_and_a_value():
 
 def test_every_policy_and_preset_is_measured():
     assert {options.get("policy") for options in VARIANTS.values()} >= set(policies.names())
-    assert {options.get("preset") for options in VARIANTS.values()} >= set(PRESETS)
+    for preset, name in OF_PRESETS.items():
+        as_asked, as_named = (
+            dataclasses.replace(ZipVLOptions.parse(options), preset=None, policy=None)
+            for options in ({"preset": preset}, VARIANTS[name])
+        )
+        assert as_asked == as_named
+    assert set(OF_PRESETS) == set(PRESETS)
 
 
 def test_unknown_names_and_options_are_said(monkeypatch):
