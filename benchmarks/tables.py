@@ -7,6 +7,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from zipvl_compile.evaluate.variants import OF_PRESETS, VARIANTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -111,15 +113,64 @@ def draw() -> None:
     figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=120)
 
 
-def tiny_lvlm() -> str:
-    """Return the table of accuracy on the bundled model."""
-    rows = latest("tiny_lvlm")
-    table = ["| | accuracy | same answer as dense | tokens kept |", "|---|---|---|---|"]
-    for (_, _, variant), metrics in rows.items():
-        value = {metric: line["value"] for metric, line in metrics.items()}
-        table.append(f"| {variant} | {value['accuracy']:.1%} | {value['agreement']:.1%} | {value['kept']:.0%} |")
-    case = next(iter(rows))[1]
-    return "\n".join([*table, "", f"{case}. {source(rows)}"])
+def frontier() -> str:
+    """Return what every rule costs on each model: kept tokens, loss, points, cache and FLOPs."""
+    rows = latest("frontier")
+    cases = {case.split(",")[0]: case for _, case, _ in rows}
+    of = {
+        (model, variant): {metric: line["value"] for metric, line in metrics.items()}
+        for model, case in cases.items()
+        for (_, of_case, variant), metrics in rows.items()
+        if of_case == case
+    }
+    table = [
+        "| | SmolLM2: kept | loss | repeating | Gemma 3: kept | loss | repeating | LVLM: kept | one token | several | "
+        "KV bytes | prefill FLOPs |",
+        "|---" * 12 + "|",
+    ]
+    of_presets = {variant: preset for preset, variant in OF_PRESETS.items()}
+    for variant in VARIANTS:
+        cells = [f"**{variant}** (`{of_presets[variant]}`)" if variant in of_presets else variant]
+        for model in ("smollm2", "gemma3"):
+            m = of.get((model, variant))
+            cells += (
+                ["", "", ""] if m is None else [f"{m['kept']:.0%}", *(_loss(m, name) for name in ("nll", "rep_nll"))]
+            )
+        m = of.get(("tiny_lvlm", variant))
+        kinds = ("single_token", "multi_token")
+        cells += ["", "", ""] if m is None else [f"{m['kept']:.0%}", *(_points(m, kind) for kind in kinds)]
+        m = of.get(("smollm2", variant), m)
+        cells += ["", ""] if m is None else [f"{m['kv_bytes_of_dense']:.0%}", f"{m['prefill_flops_of_dense']:.0%}"]
+        if any(cells[1:]):
+            table.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*table, "", f"{'; '.join(cases.values())}. {source(rows)}"])
+
+
+def _loss(m: dict[str, float], name: str) -> str:
+    """Return how much a negative log-likelihood is above that of the dense model, in nats."""
+    if f"{name}_minus_dense" not in m:
+        return f"{m[name]:.3f}"
+    error = m.get(f"{name}_minus_dense_se", 0.0)
+    return f"{m[f'{name}_minus_dense']:+.3f} ± {error:.3f}" if name == "nll" else f"{m[f'{name}_minus_dense']:+.2f}"
+
+
+def _points(m: dict[str, float], kind: str) -> str:
+    """Return how many points of accuracy are gained or lost against the dense model."""
+    difference = m.get(f"accuracy_{kind}_minus_dense")
+    return f"{m[f'accuracy_{kind}']:.1%}" if difference is None else f"{100 * difference:+.1f}"
+
+
+def rules() -> str:
+    """Return the speedup of prefill by rule, and what of its own bound it reaches."""
+    rows = latest("rules")
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for (_, case, variant), metrics in rows.items():
+        speedup, share = metrics["speedup"]["value"], metrics["speedup_over_bound"]["value"]
+        found[variant][case.rsplit(", ", 1)[1]] = f"{speedup:.2f}x ({share:.2f})"
+    lengths = list(next(iter(found.values())))
+    table = ["| | " + " | ".join(lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    table += ["| " + " | ".join([name, *(of[n] for n in lengths)]) + " |" for name, of in found.items()]
+    return "\n".join([*table, "", f"{next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
 
 
 def gpu() -> str:
@@ -168,8 +219,8 @@ def gpu() -> str:
 def render(text: str) -> str:
     """Return the README with its tables replaced."""
     for name, table in (
-        ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("tiny_lvlm", tiny_lvlm),
-        ("gpu", gpu),
+        ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
+        ("rules", rules), ("gpu", gpu),
     ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)

@@ -21,7 +21,7 @@ from zipvl_compile.demo.tiny_lvlm.evaluate import exact_match, questions_for_dem
 
 QUESTIONS = 160
 NOISE = 0.3  # of the draft's weights, relative to their spread: it is often wrong
-OPTIONS = {"tau": 0.975, "min_tokens": 0, "inner": "eager"}
+OPTIONS = {"policy": "paper", "tau": 0.975, "min_tokens": 0, "inner": "eager"}
 
 
 @pytest.fixture(scope="module")

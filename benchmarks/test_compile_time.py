@@ -15,7 +15,7 @@ from zipvl_compile.report.machine import machine
 LAYERS, TOKENS, ROUNDS = 8, 1024, 5
 BACKENDS = {
     "dense": {"backend": "inductor"},
-    "zipvl": {"backend": "zipvl", "options": {"keep_ratio": KEEP_RATIO, "min_tokens": 0}},
+    "zipvl": {"backend": "zipvl", "options": {"policy": "paper", "keep_ratio": KEEP_RATIO, "min_tokens": 0}},
 }
 
 

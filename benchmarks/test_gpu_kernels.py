@@ -16,6 +16,7 @@ from zipvl_compile.kernels.gather_tokens import gather_kv, gather_tokens
 from zipvl_compile.kernels.select_tokens import select_tokens
 from zipvl_compile.kernels.sparse_attention import _attend_triton, sparse_attention, tilings
 from zipvl_compile.kernels.token_scores import token_scores
+from zipvl_compile.kernels.window_attention import window_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HEADS, WIDTH = 40, 128  # LLaVA-1.5 and LLaVA-Next 13B
@@ -83,6 +84,38 @@ def test_sparse_attention(p):
         report("gpu", "sparse_attention", f"p {p}, n {n}, {HEADS} heads, head_dim {WIDTH}, bf16", name,
                time=(seconds * 1e3, "ms"), rate=(work / seconds / 1e12, "TFLOP/s"),
                flops_vs_best_dense=(best / seconds, "fraction"), host=(host[name] * 1e3, "ms"))  # fmt: skip
+
+
+RULES = {
+    "window": {},
+    "kept and window": {"kept_window": True},
+    "union": {"kept_window": True, "queries": "all"},
+}
+
+
+@pytest.mark.parametrize("ratio", [KEEP_RATIO, 0.55])
+@pytest.mark.parametrize("n", [4096, 16384])
+def test_window_attention(n, ratio):
+    """Each rule against dense attention over the whole prompt, and against the share of pairs that it looks at."""
+    p = int(n * ratio)
+    q, k, v = (draw(1, HEADS, n, WIDTH, seed=i) for i in range(3))
+    positions = torch.randperm(n, device="cuda")[:p].sort().values.repeat(1, 1, 1)
+    given = (q, k, v, *gather_kv(k, v, positions, 64), positions, torch.ones(1, n, device="cuda"))
+    variants = {
+        f"{name}, {kernel}": lambda rule=rule, kernel=kernel: window_attention(*given, **rule, kernel=kernel)
+        for name, rule in RULES.items()
+        for kernel in ("triton", "auto")
+    }
+    for name in RULES:
+        same(variants[f"{name}, triton"](), window_attention(*given, **RULES[name], kernel="torch"))
+    dense = dense_backends(q, k, v)
+    times = device_times(variants | dense)
+    best = min(times[name] for name in dense)
+    for name in variants:
+        pairs = (n if name.startswith("union") else p) * p / 2 + 68 * n
+        report("gpu", "window_attention", f"p {p}, n {n}, {HEADS} heads, head_dim {WIDTH}, bf16", name,
+               time=(times[name] * 1e3, "ms"), share_of_dense_attention=(times[name] / best, "fraction"),
+               share_of_bound=(pairs / (n * n / 2) / (times[name] / best), "fraction"))  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", [{"tau": 0.975}, {"keep_ratio": KEEP_RATIO}], ids=str)

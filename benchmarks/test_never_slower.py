@@ -16,8 +16,8 @@ from zipvl_compile.cache.hf_names import cache_of
 LAYERS = 2
 LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 RATIOS = [0.4, 0.7, 0.9, 1.0]
-OPTIONS = {f"keep_ratio {ratio}": {"keep_ratio": ratio} for ratio in RATIOS}
-OPTIONS |= {f"tau {tau}": {"tau": tau} for tau in (0.975, 0.9999)}
+OPTIONS = {f"keep_ratio {ratio}": {"policy": "paper", "keep_ratio": ratio} for ratio in RATIOS}
+OPTIONS |= {f"tau {tau}": {"policy": "paper", "tau": tau} for tau in (0.975, 0.9999)}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ LAYERS = 8
 LENGTHS = [1024, 2048, 4096, 8192, 16384] if not torch.cuda.is_available() else [4096, 8192, 16384, 32768]
 FILE = "gpu_speed" if torch.cuda.is_available() else "speed"
 CASE = f"hidden 512, {LAYERS} layers, GQA 4"
-OPTIONS = {"keep_ratio": KEEP_RATIO, "min_tokens": 0}
+OPTIONS = {"policy": "paper", "keep_ratio": KEEP_RATIO, "min_tokens": 0}
 
 
 def attention(model, n: int):
