@@ -99,12 +99,13 @@ def cases() -> dict[str, Callable[[], object]]:
             ),
         }
 
-        def near(mask, q=q, k=k, v=v, keys=keys, values=values, positions=positions):
+        def near(mask, every_row, q=q, k=k, v=v, keys=keys, values=values, positions=positions):
             given = (q, k, v, keys, values, positions, torch.arange(4)[None], mask)
-            return lambda: _window.attend_window_triton(*given, True, None, None, 64, True)
+            return lambda: _window.attend_window_triton(*given, True, None, None, 64, True, every_row)
 
         for kind, mask in (("causal", None), ("causal + padding row", row), ("additive mask", full)):
-            made[f"{name}, {kind}, window"] = near(mask)
+            made[f"{name}, {kind}, window"] = near(mask, False)
+            made[f"{name}, {kind}, window, every row"] = near(mask, True)
         for tiling in _attend.tilings(q, v, None):
             made[f"{name}, causal, {tiling}"] = attend(q, None, True, False, tiling)
         for tiling in _attend.tilings(q, v, row):

@@ -8,7 +8,8 @@ T is ascending, so a causal mask over kept tokens is again a plain causal mask a
 over p tokens. With queries="all", every query attends to the kept keys that it may see.
 
 The Triton kernel reads queries and writes results through T, and writes the zeros of the other rows in the same pass.
-The alternative gathers the queries and hands dense tensors to PyTorch; `kernel="auto"` measures both per kind of shape.
+The alternative gathers the queries and hands dense tensors to PyTorch, a padded batch sample by sample
+(`ragged_attention`); `kernel="auto"` measures them per kind of shape.
 
 Source: ZipVL (arXiv 2410.08584), sparse attention on important tokens.
 """
@@ -28,6 +29,7 @@ from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.common.token_copies import take_rows
 from zipvl_compile.kernels.held_rows import held_rows
+from zipvl_compile.kernels.ragged_attention import attend_ragged, is_ragged
 from zipvl_compile.kernels.sparse_attention_torch import attend_cudnn, attend_torch, empty_output
 
 KEPT_OF_ALL, KEPT_ONLY, ALL = 0, 1, 2  # which queries come in, and what becomes of them
@@ -221,8 +223,11 @@ def _sparse_attention(
     if q.numel() == 0 or v.numel() == 0:
         return empty_output(q, v).zero_()
     arguments = (q, k, v, positions, mask, is_causal, scale, softcap, queries == "all" and p < n)
+    by_sample = None
+    if mask is not None and not arguments[8] and is_ragged(mask, positions, is_causal, softcap):
+        by_sample = functools.partial(attend_ragged, q, *buffers, positions, mask, scale)
     if not use_triton("sparse_attention", kernel_, q, k, v):
-        return attend_torch(*arguments)
+        return attend_torch(*arguments) if by_sample is None else by_sample()
     candidates: autotune.Candidates = {
         f"triton {tiling}": functools.partial(_attend_triton, *arguments, tiling) for tiling in tilings(q, v, mask)
     }
@@ -234,6 +239,8 @@ def _sparse_attention(
     candidates["torch"] = functools.partial(attend_torch, *arguments)
     if mask is None and is_causal and softcap is None and not arguments[8]:
         candidates["cudnn"] = functools.partial(attend_cudnn, q, *buffers, positions, scale)
+    if by_sample is not None:
+        candidates |= {"ragged": by_sample, "ragged cudnn": functools.partial(by_sample, cudnn=True)}
     return autotune.run(key, candidates, q.device)
 
 

@@ -18,6 +18,7 @@ from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.masks import visible as shown_by
 from zipvl_compile.kernels.common.token_copies import put_rows, take_rows
 from zipvl_compile.kernels.near_keys import NearKeys
+from zipvl_compile.kernels.ragged_attention import attend_ragged, is_ragged
 from zipvl_compile.kernels.sparse_attention_torch import attend_torch, empty_output
 
 BLOCK_ROWS = 64, 256  # least and most rows of a block, otherwise as many as the window: a slice is at most half wasted
@@ -49,6 +50,8 @@ def attend_window_torch(
     if p == 0:
         return out
     kept_q = take_rows(q, positions, q.new_empty(batch, heads, p, width))
+    if mask is not None and lse is None and is_ragged(mask, positions, is_causal, softcap):
+        return put_rows(attend_ragged(kept_q, kept_k, kept_v, positions, mask, scale), positions, out)
     if mask is not None:
         where = positions if positions.shape[1] == 1 else per_head(positions, heads)  # [B, 1 or Hq, P]
         mask = take(mask, batch, where, where)  # [B, 1 or Hq, P or 1, P]
