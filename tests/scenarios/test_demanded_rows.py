@@ -20,7 +20,7 @@ from zipvl_compile.demo.tiny_lvlm.evaluate import exact_match, questions_for_dem
 from zipvl_compile.report.compile_report import collect
 
 OPTIONS = {"inner": "eager", "min_tokens": 0}
-TAU = {"tau": 0.9}
+TAU = {"policy": "paper", "tau": 0.9}
 
 
 @pytest.fixture(autouse=True)
