@@ -160,19 +160,6 @@ def _points(m: dict[str, float], kind: str) -> str:
     return f"{m[f'accuracy_{kind}']:.1%}" if difference is None else f"{100 * difference:+.1f}"
 
 
-def rules() -> str:
-    """Return the speedup of prefill by rule, and what of its own bound it reaches."""
-    rows = latest("rules")
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for (_, case, variant), metrics in rows.items():
-        speedup, share = metrics["speedup"]["value"], metrics["speedup_over_bound"]["value"]
-        found[variant][case.rsplit(", ", 1)[1]] = f"{speedup:.2f}x ({share:.2f})"
-    lengths = list(next(iter(found.values())))
-    table = ["| | " + " | ".join(lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    table += ["| " + " | ".join([name, *(of[n] for n in lengths)]) + " |" for name, of in found.items()]
-    return "\n".join([*table, "", f"{next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
-
-
 def gpu() -> str:
     """Return the figures of prefill, decode and the kernels on a GPU."""
     rows = latest("gpu")
@@ -220,7 +207,7 @@ def render(text: str) -> str:
     """Return the README with its tables replaced."""
     for name, table in (
         ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
-        ("rules", rules), ("gpu", gpu),
+        ("gpu", gpu),
     ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
