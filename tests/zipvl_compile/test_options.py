@@ -91,7 +91,7 @@ def test_the_tables_below_cover_every_option():
 def test_good_value(name, value):
     parsed = ZipVLOptions.parse({name: value})
     assert getattr(parsed, name) == value
-    budgets = {"tau", "keep_ratio", "keep_tokens"} if name in ("keep_ratio", "keep_tokens") else {name}
+    budgets = {"tau", "keep_ratio", "keep_tokens", "floor"} if name in ("keep_ratio", "keep_tokens") else {name}
     usual = ZipVLOptions.parse()
     assert all(getattr(parsed, other) == getattr(usual, other) for other in NAMES if other not in budgets)
 
@@ -141,6 +141,10 @@ def test_a_policy_states_fields_that_may_be_changed_one_by_one(name):
     assert all(getattr(parsed, field.name) == getattr(rule, field.name) for field in dataclasses.fields(Policy))
     given = ZipVLOptions.parse({"policy": name, "tau": 0.5})
     assert given.budget == Budget(tau=0.5, floor=rule.floor), "one budget takes the place of another"
+    given = ZipVLOptions.parse({"policy": name, "keep_ratio": 0.1})
+    assert given.budget == Budget(keep_ratio=0.1), "a fixed number is what is kept"
+    given = ZipVLOptions.parse({"policy": name, "keep_ratio": 0.1, "floor": 0.2})
+    assert given.budget == Budget(keep_ratio=0.1, floor=0.2), "unless a floor is asked for"
 
 
 def test_flags_stay_flags():
