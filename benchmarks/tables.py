@@ -157,7 +157,9 @@ def _loss(m: dict[str, float], name: str) -> str:
 def _points(m: dict[str, float], kind: str) -> str:
     """Return how many points of accuracy are gained or lost against the dense model."""
     difference = m.get(f"accuracy_{kind}_minus_dense")
-    return f"{m[f'accuracy_{kind}']:.1%}" if difference is None else f"{100 * difference:+.1f}"
+    if difference is None:
+        return f"{m[f'accuracy_{kind}']:.1%}"
+    return f"{100 * difference:+.1f} ± {100 * m.get(f'accuracy_{kind}_minus_dense_se', 0.0):.1f}"
 
 
 def gpu() -> str:
