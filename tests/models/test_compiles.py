@@ -33,7 +33,7 @@ def test_three_decoder_graphs_for_a_generate_and_none_after_warm_up(options):
 
 def test_equal_numbers_of_kept_tokens_in_two_layers_do_not_become_a_guard():
     torch._dynamo.reset()
-    f = compiled(tau=0.7)
+    f = compiled(policy="paper", tau=0.7)
     out = f.generate(**inputs(text=15, seed=1), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     a, b = (layer.positions.shape[2] for layer in cache_of(out).layers)
     assert a == b, "pick a prompt whose layers keep equally many tokens"

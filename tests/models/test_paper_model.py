@@ -71,13 +71,13 @@ class PaperLlama:
 
     def prefill(self, x, mask):
         self.offset, self.prompt_length = 0, x.shape[1]
-        queries = self.rule.pop("queries", "selected")
+        look = {"queries": self.rule.pop("queries", "selected"), "kept_window": self.rule.pop("kept_window", False)}
 
         def attend(i, q, k, v, mask):
             rows = probe_rows(q.shape[2], 64, 64, 0)
             kept = paper.selection(*paper.scores(q, k, rows, mask=mask), **self.rule)
             self.cache.append([k, v, kept])
-            return paper.attention(q, k, v, kept, mask=mask, queries=queries)
+            return paper.attention(q, k, v, kept, mask=mask, **look)
 
         return self.run(x, mask, attend)
 
@@ -102,6 +102,7 @@ CASES = {
     "tau_0.6": ({"tau": 0.6}, {}, {}),
     "ratio_0.3_recent_4": ({"keep_ratio": 0.3, "keep_recent": 4}, {}, {}),
     "all_queries": ({"tau": 0.7, "unselected": "all"}, {"queries": "all"}, {}),
+    "union": ({"policy": "union", "tau": 0.7}, {"queries": "all", "kept_window": True, "floor": 0.25}, {"text": 95}),
     "long_prompt_with_random_probes": ({"tau": 0.7}, {}, {"text": 95}),
     "batch_left_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7}),
     "batch_right_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7, "side": "right"}),
@@ -119,13 +120,13 @@ def test_positions_attention_cache_and_decode_equal_the_papers(case):
     options, extra, shape = CASES[case]
     x = inputs(**{"text": 20} | shape)
     x["pixel_values"] = x["pixel_values"].double()
-    f, plain = compiled(**options).double(), model().double()
+    f, plain = compiled(**{"policy": "paper"} | options).double(), model().double()
     n, seen = x["input_ids"].shape[1], x["attention_mask"]
     with torch.no_grad():
         embeds = plain(**x, output_hidden_states=True).hidden_states[0]
         out = f(**x, use_cache=True, output_hidden_states=True)
 
-    rule = {k: v for k, v in options.items() if k != "unselected"} | extra
+    rule = {k: v for k, v in options.items() if k not in ("unselected", "policy")} | extra
     reference = PaperLlama(plain.model.language_model, **rule)
     rows = four_dim(seen, n)
     mask = None if rows is None else rows.expand(-1, -1, n, -1)

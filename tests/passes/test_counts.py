@@ -61,7 +61,7 @@ def prefill(monkeypatch):
             num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval()
-        model.compile(backend="zipvl", options={"min_tokens": 0} | options)
+        model.compile(backend="zipvl", options={"policy": "paper", "min_tokens": 0} | options)
         mask = torch.ones(batch, n, dtype=torch.long)
         mask[-1, 0] = batch == 1  # a batch is padded, so that transformers makes a mask
         with torch.no_grad():

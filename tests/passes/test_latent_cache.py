@@ -59,6 +59,18 @@ def prefill(expansion):
 EXPANSIONS = pytest.mark.parametrize("expansion", [expand, expand_by_cat], ids=lambda f: f.__name__)
 
 
+@EXPANSIONS
+def test_latents_serve_all_heads(record, by_the_paper, expansion):
+    """Every head's keys come from one cached latent, so that no head can keep tokens of its own; the site says so."""
+    q, latent, rope = latents(20)
+    (out, _, _, kept), recorder = record(Wrapped(prefill(expansion)), q, latent, rope, groups="kv_head")
+    (site,) = recorder.sites[0].outcomes
+    assert site.rewritten and "one selection for all heads" in str(site.note)
+    exact, positions = by_the_paper(q, *expand(latent, rope))
+    assert np.array_equal(kept.numpy(), positions)
+    np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("evict", ["drop", "keep"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @EXPANSIONS

@@ -132,19 +132,6 @@ def test_each_kv_head_keeps_tokens_of_its_own(record, modules, by_the_paper, rul
         np.testing.assert_allclose(out.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
-def test_latents_serve_all_heads(record, modules):
-    """Keys and values of every head come from one cached latent, so that a head cannot keep its own tokens."""
-
-    def latent(q, latents):
-        k, v = latents.repeat(1, 2, 1, 1), (2 * latents).repeat(1, 2, 1, 1)
-        return modules.attend(q, k, v, is_causal=True), *modules.cache(latents, latents)
-
-    q, k, _ = modules.qkv()
-    (_, *_, kept), recorder = record(Wrapped(latent), q, k[:, :1], groups="kv_head")
-    (site,) = recorder.sites[0].outcomes
-    assert kept.shape[1] == 1 and site.rewritten and "its cache holds latents" in str(site.note)
-
-
 @pytest.mark.parametrize(
     "changed",
     [
