@@ -90,7 +90,9 @@ def hidden(model, ids, **options):
     torch._dynamo.reset()
     given = {"min_tokens": 0, "inner": "eager"} | options
     with torch.no_grad(), leaving_out("read_demands"):
-        return torch.compile(model, backend="zipvl", options=given)(ids, use_cache=True).last_hidden_state
+        return torch.compile(model, backend="zipvl", options={"policy": "paper"} | given)(
+            ids, use_cache=True
+        ).last_hidden_state
 
 
 def pruned(run, *given, **options):
