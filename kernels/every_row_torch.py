@@ -45,15 +45,16 @@ def attend_every_row_torch(
         inside = of_column & (near.column >= starts[:, None, None]) & (near.column <= near.row)
         inside[..., inside.shape[4] - sinks.shape[1] :] = False
         shown = shown | inside
-    for block, start, p, fewest in zip(near.blocks(shown, mask), range(len(most)), most, least, strict=True):
+    for i, block in enumerate(near.blocks(shown, mask)):
+        p = most[i]
         rows = slice(block.rows.start - older, block.rows.stop - older)
         result = with_lse(q[:, :, rows], block.k, block.v, block.mask, False, scale, softcap)
         if p == 0:
             out[:, :, rows] = result[0]
             continue
         early = None
-        if fewest < p:  # samples or heads differ
-            early = (torch.arange(p, device=q.device) < counts[:, :, start, None]).unsqueeze(2)  # [B, 1 or Hq, 1, P]
+        if least[i] < p:  # samples or heads differ
+            early = (torch.arange(p, device=q.device) < counts[:, :, i, None]).unsqueeze(2)  # [B, 1 or Hq, 1, P]
         if mask is not None:
             own = mask if mask.shape[2] == 1 else mask[:, :, block.rows]
             own = take(own, len(q), None, where[..., :p])  # [B, H, m or 1, P]

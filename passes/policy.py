@@ -41,7 +41,7 @@ class Policy:
             their own over the kept keys.
         window, sinks: of "window" (tokens).
         kept_window: kept tokens see their window and the sinks, besides kept tokens; so does every token with
-            `unselected="all"`. Has no effect with "zero" and "hold".
+            `unselected="all"`. There is no window with "zero" and "hold".
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.

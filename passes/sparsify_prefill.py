@@ -52,7 +52,7 @@ from zipvl_compile.passes.prefill.refusals import (
     shape_of,
     too_short,
 )
-from zipvl_compile.passes.prefill.selection import Kept, Selection, compact, keeps_all, select
+from zipvl_compile.passes.prefill.selection import Kept, Selection, compact, fits, keeps_all, select
 from zipvl_compile.passes.settings import Settings
 
 QUERIES = {"zero": "selected", "hold": "hold", "all": "all"}  # as sparse_attention names them
@@ -129,7 +129,9 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         site.attention, query=site.attention.in_its_dtype(site.attention.query)
                     )
                     if owner is None:
-                        chosen = shared or select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
+                        chosen = shared
+                        if chosen is None or not fits(chosen, attention):
+                            chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
                         owner = attention, compact(site, attention, chosen, settings)
                         shared = chosen if settings.share else None
                     if keeps_all(owner[1], attention) or not (needed := dense_because(site, settings)):

@@ -20,8 +20,8 @@ from zipvl_compile.policies import names as policy_names
 from zipvl_compile.policies import policy
 from zipvl_compile.policies.presets import DEFAULT, PRESETS
 
-BUDGETS = ("tau", "keep_ratio", "keep_tokens")
-FIXED = ("keep_ratio", "keep_tokens")
+FIXED = ("keep_ratio", "keep_tokens")  # a floor does not hold beside one of these, unless it is given, too
+BUDGETS = ("tau", *FIXED)
 
 
 class OptionError(UserError):
@@ -93,6 +93,11 @@ class ZipVLOptions(Policy):
         if given.pop("queries", None) == "all":
             given.setdefault("unselected", "all")
         parsed = cls(**_chosen(given) | given)
+        if given.get("kept_window") and parsed.unselected in ("zero", "hold"):
+            raise OptionError(
+                "zipvl option 'kept_window': expected unselected='window' or 'all' beside it, which have a window, got "
+                f"unselected={parsed.unselected!r}. Leave it out, or choose policy='union'."
+            )
         if parsed.mode is not None and parsed.inner != "inductor":
             raise OptionError(
                 f"zipvl option 'mode': expected inner='inductor', whose mode it is, got mode={parsed.mode!r} and "

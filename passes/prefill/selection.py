@@ -127,6 +127,11 @@ def groups_of(site: Site, settings: Settings) -> int:
     return heads if each else 1
 
 
+def fits(selection: Selection, attention: Attention) -> bool:
+    """Return whether a selection of another layer, which may have other heads, can serve an attention."""
+    return example(selection.positions).shape[1] in (1, example(attention.key).shape[1])
+
+
 def compact(site: Site, attention: Attention, selection: Selection, settings: Settings) -> Kept:
     """Insert the gathers of the kept tokens before the attention; the cache keeps those."""
     layer, node, positions = site.layer, attention.node, selection.positions

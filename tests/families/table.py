@@ -22,7 +22,7 @@ attention is rewritten and that nothing changes at `tau=1`, not how well a model
 - **outside**: sites of vision towers, Q-Formers and encoders, which stay as they are.
 - **exact**: at `tau=1`, logits of a direct forward within 1e-4 of eager, greedy tokens of a generate, and of a padded
   batch of two, equal to eager's.
-- **kept**: tokens of the prompt that each compacted cache layer keeps at `tau=0.9`.
+- **kept**: tokens of the prompt that each compacted cache layer keeps at `tau=0.9`, by the paper's rule.
 
 | family | class | rewritten | dense, and why | outside | cache layers | exact | kept |
 |---|---|---|---|---|---|---|---|

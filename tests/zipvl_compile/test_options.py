@@ -147,6 +147,16 @@ def test_a_policy_states_fields_that_may_be_changed_one_by_one(name):
     assert given.budget == Budget(keep_ratio=0.1, floor=0.2), "unless a floor is asked for"
 
 
+@pytest.mark.parametrize("unselected", ["zero", "hold"])
+def test_a_window_needs_rows_that_attend(unselected):
+    with pytest.raises(OptionError, match=f"'kept_window': expected .* got unselected='{unselected}'"):
+        ZipVLOptions.parse({"unselected": unselected, "kept_window": True})
+    with pytest.raises(OptionError, match="'kept_window'"):
+        ZipVLOptions.parse({"policy": "paper", "kept_window": True})
+    # One that a preset brings along gives way.
+    assert ZipVLOptions.parse({"unselected": unselected}).unselected == unselected
+
+
 def test_flags_stay_flags():
     """The operators take a bool, and no 1."""
     parsed = ZipVLOptions.parse({"kept_window": True, "share": False})

@@ -129,7 +129,10 @@ def _decode_attention(x: Arguments) -> int:
 
 
 def _window_attention(x: Arguments) -> int:
-    """Kept rows see kept keys, with `kept_window` local ones too; other rows see local ones, padding among them."""
+    """Kept rows see kept keys, with `kept_window` local ones too; other rows see local ones, padding among them.
+
+    With queries="all" every row is as a kept one. The first KV head stands for all: they keep equally many.
+    """
     kept, every = x["positions"][:, 0], x["queries"] == "all"
     columns = _all_rows(x["k"])
     rows = columns[:, -x["q"].shape[2] :]

@@ -1,15 +1,15 @@
 """What to use if one does not want to choose: options by name of a preset.
 
-Fixed on the documents of `zipvl eval --split choose`, 12 of 1,024 tokens each (`paper` and `fast`: 6). Loss against
-dense in nats, and kept tokens of the layers that select:
+Fixed on documents of `zipvl eval --split choose`, of 1,024 tokens each. Loss against dense in nats, kept tokens of the
+layers that select, and how many documents:
 
-               SmolLM2-135M     Gemma 3 270M
-    paper      +.286 at 73%     +.006 at 68%
-    quality    +.006 at 81%     -.003 at 82%
-    balanced   +.028 at 55%     +.006 at 57%
-    fast       +.020 at 38%     +.033 at 43%
+               SmolLM2-135M         Gemma 3 270M
+    paper      +.286 at 73%, 6      +.006 at 68%, 6
+    quality    +.006 at 81%, 12     -.003 at 82%, 12
+    balanced   +.028 at 55%, 12     +.006 at 57%, 6
+    fast       +.020 at 38%, 6      +.033 at 43%, 6
 
-The default is the one that stays below +.02 on both, also on other documents, and below half a point on pictures.
+The default stays below +.02 on both, there and on the documents to report (README).
 """
 
 from __future__ import annotations

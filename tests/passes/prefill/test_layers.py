@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.graph_modules import Wrapped
 from support.hidden_states import RATIO, N, P, Stack, both, hidden_states
 
 from zipvl_compile.passes.graph.op_calls import SelectTokensCall, SparseAttentionCall
@@ -36,6 +37,22 @@ def test_one_layer_selects_for_those_that_follow(record):
     assert len(SelectTokensCall.all(recorder.graphs[0])) == 1 and len(SparseAttentionCall.all(recorder.graphs[0])) == 2
     (_, *alone), _ = record(Stack(layers=3), hidden_states(batch=2), dense_layers=1, **RATIO)
     assert torch.equal(alone[1][2], first) and not torch.equal(alone[2][2], second), "it must matter in this case"
+
+
+def test_a_selection_of_each_head_serves_no_layer_of_other_heads(record, modules):
+    """OpenELM's layers have heads of their own: one that the shared selection does not fit selects for itself."""
+    q, k, v = modules.qkv()
+
+    def forward(q, k, v):
+        wide = [torch.cat([x, 2 * x], 1) for x in (q, k, v)]
+        found = [(modules.attend(*x, is_causal=True), modules.cache(*x[1:])) for x in ((q, k, v), wide, wide)]
+        return *(out for out, _ in found), *(stored for _, cached in found for stored in cached)
+
+    for groups, selections in (("kv_head", 2), ("layer", 1)):
+        torch._dynamo.reset()
+        _, recorder = record(Wrapped(forward), q, k, v, share=True, groups=groups)
+        assert len(SelectTokensCall.all(recorder.graphs[0])) == selections
+        assert [site.reason for site in recorder.sites[0].prefill] == [None] * 3
 
 
 def test_projections_are_pruned_for_a_shared_selection(record):
