@@ -181,9 +181,9 @@ def test_every_dtype(implementation, dtype, cases, kind, rule):
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 150, 300, 1000])
 @only("torch")
 def test_every_size_of_a_block(implementation, cases, window, rule):
-    q, k, v = cases.qkv(n=301, heads="mqa", dim=4)
-    seen = torch.ones(1, 301)
-    check(implementation, q, k, v, choose(1, 1, 301, 100), seen, window=window, **rule)
+    q, k, v = cases.qkv(batch=2, n=301, heads="mqa", dim=4)  # samples have other kept tokens before a block
+    seen = torch.ones(2, 301)
+    check(implementation, q, k, v, choose(2, 1, 301, 100), seen, window=window, **rule)
 
 
 @each_rule
