@@ -143,6 +143,20 @@ def test_where_all_rows_are_read_every_query_attends(record, form):
     same(got, expected)
 
 
+@pytest.mark.parametrize("kept_window", [False, True])
+def test_where_all_rows_are_read_a_window_stays_and_kept_tokens_are_seen_besides(record, kept_window):
+    rule = {"window": 3, "sinks": 2}
+    got, _, read = sparse(record, EVERY["its logits"], unselected="window", kept_window=kept_window, **rule)
+    assert read.every
+    torch._dynamo.reset()
+    module, x = stack(EVERY["its logits"]), hidden_states()
+    expected, _ = record(module, x, unselected="all", kept_window=True, **rule, **RATIO)
+    same(got, expected)
+    torch._dynamo.reset()
+    without, _ = record(module, x, unselected="all", **RATIO)
+    assert not torch.allclose(expected[0], without[0]), "a window must matter in this case"
+
+
 def test_a_write_through_a_view_is_a_read(record):
     _, recorder = record(InPlace(), hidden_states(), read=True, **RATIO)
     assert recorder.sites[0].demanded.every
