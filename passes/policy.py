@@ -17,6 +17,7 @@ EVERY_ROW = 1 << 30  # probe rows: more than any prompt has
 
 Score = Literal["normalised", "accumulated", "even", "value", "recent", "random"]
 Unselected = Literal["zero", "hold", "window", "all"]
+Skip = Literal["attention", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Policy:
         window, sinks: of "window" (tokens).
         kept_window: kept tokens see their window and the sinks, besides kept tokens; so does every token with
             `unselected="all"`. There is no window with "zero" and "hold".
+        skip: what tokens that are not kept do without: "attention", or the whole "layer", which they pass on the
+            residual stream as if it were not there (with "zero" only).
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, or their numbers.
         share: the first layer that selects does so for all that follow.
@@ -65,6 +68,7 @@ class Policy:
     window: int = 64
     sinks: int = 4
     kept_window: bool = False
+    skip: Skip = "attention"
     prefill: Literal["sparse", "dense"] = "sparse"
     dense_layers: int | tuple[int, ...] = 0
     share: bool = False

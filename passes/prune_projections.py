@@ -20,7 +20,7 @@ After:
 Exact: every step is proven to treat each token by itself (`tokenwise/axis_rules.py`); where a bias makes the row of an
 unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). With
 `unselected="hold"` the rows of the others are copies of kept ones. K stays dense, since the scores read it. What is not
-proven stays as it was, with the reason.
+proven stays as it was, with the reason. With `skip="layer"` more is pruned, by another rule (`skip_layers.py`).
 
 Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it.
 """
@@ -33,15 +33,14 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from zipvl_compile.passes import skip_layers
 from zipvl_compile.passes.demand_rows import LAST, has_last_row, narrow_query
 from zipvl_compile.passes.graph.graph import erase_unread, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import (
-    DecodeAttentionCall,
     GatherTokensCall,
     HeldRowsCall,
     ProbePositionsCall,
-    SelectTokensCall,
     SparseAttentionCall,
     TokenScoresCall,
     WindowAttentionCall,
@@ -50,58 +49,30 @@ from zipvl_compile.passes.graph.op_calls import (
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import PARTS, Pruning
 from zipvl_compile.passes.match.reasons import fault
-from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.match.sites import Site, Sites
+from zipvl_compile.passes.prefill.around import KINDS, Around
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
-from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, one_sample, rows_of, size
+from zipvl_compile.passes.tokenwise.backward_slice import Cone
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, rows_of, size
 from zipvl_compile.passes.tokenwise.row_values import ZERO
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 Rows = Shared | OfEachSample
+EVERY_TOKEN = "every token is kept"
 
 
-class Around:
-    """An attention among the kept tokens, as it stands in the graph, with the selection that chose them."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.whole = SparseAttentionCall.matches(node)  # else it has the newest queries only
-        kinds = (SparseAttentionCall, DecodeAttentionCall, WindowAttentionCall)
-        self.call = next(kind for kind in kinds if kind.matches(node)).read(node)
-        self.positions: Node = self.call.positions
-        self.query: Node = self.call.q
-        self.selection = SelectTokensCall.read(self.positions)
-
-    @property
-    def scores(self) -> TokenScoresCall:
-        """Return the scores that chose the tokens, as they stand."""
-        return self.selection.scores
-
-    @property
-    def scores_node(self) -> Node:
-        assert self.scores.node is not None
-        return self.scores.node
-
-    @property
-    def values(self) -> Node:
-        return self.call.values if isinstance(self.call, DecodeAttentionCall) else self.call.v
-
-    @property
-    def all_attend(self) -> bool:
-        return isinstance(self.call, SparseAttentionCall) and self.call.queries == "all"
-
-    @property
-    def axes(self) -> Axes:
-        """Return those of `[B, H, n, D]`."""
-        return Axes(2, None if one_sample(self.query) else 0)
-
-
-def refusal(site: Around) -> str:
-    """Return why nothing around the attention can be pruned, or an empty string."""
-    n, kept = example(site.scores.k).shape[2], example(site.positions).shape[2]
-    return "every token is kept" if statically_known_true(kept == n) else ""
+def refusal(site: Site, around: Around | None) -> str:
+    """Return why nothing around an attention can be pruned, but for a query; or an empty string."""
+    if around is None:
+        return f"the attention is dense: {site.needs_true_rows}"
+    if WindowAttentionCall.matches(around.node):
+        return "every token attends to its window"
+    n, kept = example(around.scores.k).shape[2], example(around.positions).shape[2]
+    if statically_known_true(kept == n):
+        return EVERY_TOKEN
+    return "each KV head keeps tokens of its own" if example(around.positions).shape[1] > 1 else ""
 
 
 def prune_values(site: Around, kept: Rows) -> None:
@@ -214,9 +185,22 @@ def held(positions: Node, tokens: Any, before: Node) -> Rows:
     return rows_of(index, tokens, before)
 
 
-def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
-    """Prune the projections around one attention as far as each is proven; return why not, by projection."""
-    query, cone, reasons = None, None, {}
+def skip_layer(site: Around, kept: Rows, query: Node | None) -> None:
+    """Let tokens that are not kept pass the layer; Q of those that are is given if it is at hand.
+
+    Raises:
+        Mixes: the layer is computed for every token.
+    """
+    if site.all_attend:
+        raise Mixes("every query attends")
+    query = query or kept.take(site.query, site.axes, site.node)
+    out = replace(SparseAttentionCall.read(site.node), q=query).insert(site.node)
+    skip_layers.rewrite(site.node, site.axes, out, kept)
+
+
+def prune(site: Around, kept: Rows, graph: Graph, skips: bool) -> tuple[dict[str, str], str | None]:
+    """Prune the projections around one attention, or its layer, as far as each is proven; return why not."""
+    query, cone, skipped, reasons = None, None, None, {}
     try:
         with undone_on_error(graph):
             prune_values(site, kept)
@@ -230,7 +214,16 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
                 prune_demanded_queries(site)
     except Exception as why:
         reasons["q"] = _said(why)
-    if site.whole:
+    if skips:
+        try:
+            with undone_on_error(graph):
+                if not site.whole:
+                    raise Mixes("only some of its rows are needed")
+                skip_layer(site, kept, query)
+                skipped = ""
+        except Exception as why:
+            skipped = _said(why)
+    if site.whole and skipped != "":
         try:
             with undone_on_error(graph):
                 reason = prune_output(site, kept, query)
@@ -240,7 +233,7 @@ def prune(site: Around, kept: Rows, graph: Graph) -> dict[str, str]:
             reasons["output"] = reason
     if cone is not None:
         cone.erase()
-    return reasons
+    return reasons, skipped
 
 
 def prune_last_query(site: Around, graph: Graph, reason: str) -> dict[str, str]:
@@ -264,25 +257,18 @@ def _said(why: Exception) -> str:
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Prune the projections around every attention that was made sparse; note what was pruned and what not."""
     rows: dict[Node, Rows] = {}
+    skips = settings.skip == "layer"
     for site in sites.prefill:
         if not site.rewritten:
             continue
-        if WindowAttentionCall.matches(site.node):
-            reason = "every token attends to its window"
-            sites.pruned.append(Pruning(site.name, prune_last_query(Around(site.node), graph, reason)))
+        around = Around(site.node) if any(kind.matches(site.node) for kind in KINDS) else None
+        if reason := refusal(site, around):
+            reasons = dict.fromkeys(PARTS, reason)
+            if around is not None and reason != EVERY_TOKEN:
+                reasons = prune_last_query(around, graph, reason)
+            sites.pruned.append(Pruning(site.name, reasons, reason if skips else None))
             continue
-        if not (SparseAttentionCall.matches(site.node) or DecodeAttentionCall.matches(site.node)):
-            reason = f"the attention is dense: {site.needs_true_rows}"
-            sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
-            continue
-        around = Around(site.node)
-        if reason := refusal(around):
-            sites.pruned.append(Pruning(site.name, dict.fromkeys(PARTS, reason)))
-            continue
-        if example(around.positions).shape[1] > 1:
-            reason = "each KV head keeps tokens of its own"
-            sites.pruned.append(Pruning(site.name, prune_last_query(around, graph, reason)))
-            continue
+        assert around is not None
         if around.positions not in rows:
             rows[around.positions] = kept_rows(around.positions)
-        sites.pruned.append(Pruning(site.name, prune(around, rows[around.positions], graph)))
+        sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, skips)))

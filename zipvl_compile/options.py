@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zipvl_compile.dynamo import UserError, inductor_modes
-from zipvl_compile.passes.policy import Policy, Score, Unselected
+from zipvl_compile.passes.policy import Policy, Score, Skip, Unselected
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.policies import names as policy_names
 from zipvl_compile.policies import policy
@@ -97,6 +97,12 @@ class ZipVLOptions(Policy):
             raise OptionError(
                 "zipvl option 'kept_window': expected unselected='window' or 'all' beside it, which have a window, got "
                 f"unselected={parsed.unselected!r}. Leave it out, or choose policy='union'."
+            )
+        if parsed.skip == "layer" and (parsed.unselected != "zero" or parsed.prefill != "sparse"):
+            raise OptionError(
+                "zipvl option 'skip': expected unselected='zero' and prefill='sparse' beside skip='layer', since a "
+                f"token that passes a layer gets no attention, got unselected={parsed.unselected!r} and "
+                f"prefill={parsed.prefill!r}. Choose policy='skip_layers', or leave 'skip' out."
             )
         if parsed.mode is not None and parsed.inner != "inductor":
             raise OptionError(
@@ -242,6 +248,7 @@ _CHECKS: dict[str, _Check] = {
     "sinks": (_count(0), _TOKENS, "Use 4."),
     "kept_window": (_flag, "True or False", "Use False to let kept tokens see kept tokens only."),
     "queries": _words("selected", "all", remedy='It is unselected="zero" or unselected="all" now.'),
+    "skip": _words(*get_args(Skip), remedy='Use "attention" for the paper\'s method.'),
     "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
     "dense_layers": (
         lambda value: _count(0)(value) or (isinstance(value, (list, tuple)) and all(map(_count(0), value))),

@@ -54,10 +54,12 @@ class Pruning:
     Attributes:
         layer: path of the module that holds the attention.
         reasons: why a projection is computed for every token, by its name in `PARTS`; the others are pruned.
+        skipped: why tokens that are not kept do not pass the layer; empty where they do, None where nobody asked.
     """
 
     layer: str
     reasons: dict[str, str] = field(default_factory=dict)
+    skipped: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,7 +68,10 @@ class Pruning:
 
     def __str__(self) -> str:
         dense = "".join(f"; {part} for every token: {reason}" for part, reason in self.reasons.items())
-        return f"{self.layer} pruned: {', '.join(self.parts) or 'nothing'}{dense}"
+        skips = "" if self.skipped is None else "; other tokens pass the layer"
+        if self.skipped:
+            skips = f"; the layer for every token: {self.skipped}"
+        return f"{self.layer} pruned: {', '.join(self.parts) or 'nothing'}{dense}{skips}"
 
 
 @dataclass(frozen=True)

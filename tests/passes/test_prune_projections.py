@@ -21,8 +21,8 @@ from support.hidden_states import (
     widths,
 )
 
-from zipvl_compile.passes import prune_projections
 from zipvl_compile.passes.graph.reading import example, is_op
+from zipvl_compile.passes.prune_projections import EVERY_TOKEN
 from zipvl_compile.passes.tokenwise import backward_slice
 from zipvl_compile.passes.tokenwise.row_select import Shared
 
@@ -274,9 +274,7 @@ def test_whatever_fake_values_raise_is_a_reason(record, monkeypatch):
     assert widths(graph)["q"] == widths(graph)["o"] == [N]
 
 
-def test_what_surrounds_an_attention_is_read_from_the_graph(record):
-    _, recorder = record(Stack(), hidden_states(), **RATIO)
-    sites = recorder.sites[0].prefill
-    around = [prune_projections.Around(site.node) for site in sites]
-    assert all(one.whole and not one.all_attend and not prune_projections.refusal(one) for one in around)
-    assert all(one.scores.q is one.query and one.selection.keep_ratio == RATIO["keep_ratio"] for one in around)
+def test_where_every_token_is_kept_nothing_is_pruned(record):
+    graph, recorder = both(record, layer(), hidden_states(), keep_ratio=1.0)
+    assert reasons(recorder) == dict.fromkeys(ALL, EVERY_TOKEN)
+    assert widths(graph) == {name: [N] for name in ("q", "k", "v", "o", "up")}

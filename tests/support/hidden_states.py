@@ -48,15 +48,16 @@ class Layer(nn.Module):
         attended: after the attention, `[B, n, width]`, before the output projection; it also gets the hidden states.
         projected: after the output projection.
         residual: how the result joins the hidden states.
+        joined: the output of the layer, from the hidden states, what the attention adds, and the MLP.
     """
 
     def __init__(
         self, bias=False, fused=False, values=identity, queries=identity, attended=lambda a, h: a, projected=identity,
-        residual=operator.add,
+        residual=operator.add, joined=None,
     ):  # fmt: skip
         super().__init__()
         self.values, self.queries, self.attended, self.projected = values, queries, attended, projected
-        self.residual = residual
+        self.residual, self.joined = residual, joined or self.one_after_the_other
         self.norm, self.head_norm, self.mlp_norm = RMSNorm(), RMSNorm(DIM), RMSNorm()
         kv = KV_HEADS * DIM
         self.sizes = [WIDTH, kv, kv]
@@ -83,8 +84,14 @@ class Layer(nn.Module):
         stored = cache(k, v)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         a = self.attended(a.transpose(1, 2).reshape(x.shape[0], n, WIDTH).contiguous(), h)
-        x = self.residual(x, self.projected(self.o(a)))
-        return x + F.silu(self.up(self.mlp_norm(x))), stored
+        return self.joined(x, self.projected(self.o(a)), self.mlp), stored
+
+    def mlp(self, x):
+        return F.silu(self.up(self.mlp_norm(x)))
+
+    def one_after_the_other(self, x, a, mlp):
+        x = self.residual(x, a)
+        return x + mlp(x)
 
 
 def layer(**form):

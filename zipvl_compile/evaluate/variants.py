@@ -34,7 +34,7 @@ VARIANTS: dict[str, Options] = {
     **_rows("kept and window", {"policy": "window", "kept_window": True}, "tau", (0.99, 0.9)),
     **_rows("union", UNION, "tau", (0.99, 0.975, 0.95, 0.9)),
     **_rows("union + fixed ratio", UNION, "keep_ratio", RATIOS),
-    **_rows("union with even scores", UNION | {"score": "even"}, "tau", (0.95,)),
+    **_rows("union with the paper's scores", UNION | {"score": "normalised"}, "tau", (0.95,)),
     **_rows("union of each head", UNION | {"groups": "kv_head"}, "tau", (0.95,)),
     **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.9,)),
     **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", (0.4,)),

@@ -1,0 +1,60 @@
+"""Tokens that a layer does not keep pass it on the residual stream, unchanged.
+
+Before (after `sparsify_prefill`):
+
+    h = x + linear(sparse_attention(q, keys, values, positions, ...), wo)       n tokens
+    y = h + mlp(norm(h))                                                        n tokens
+
+After, with `skip="layer"`:
+
+    h_p = x[positions] + linear(sparse_attention(q[positions], ...), wo)        P kept tokens
+    y = x.index_copy(positions, h_p + mlp(norm(h_p)))
+
+So everything of the layer but its keys and their scores is computed for kept tokens only. Other than the rest of the
+pruning this is a rule of its own: the kept tokens get what they would have got, the others get no MLP. What the layer
+is, is proven from the graph (`tokenwise/residual_stream.py`); where it cannot be, the layer is computed for every token
+and only its attention skips those that are not kept, with the reason.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from zipvl_compile.passes.graph.graph import erase_unread
+from zipvl_compile.passes.graph.graph import replace as replace_node
+from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes
+from zipvl_compile.passes.tokenwise.backward_slice import Axes, multiplies
+from zipvl_compile.passes.tokenwise.residual_stream import find
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
+from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
+
+ATTENTION_ALONE = "it is known to add nothing but the attention to the residual stream"
+
+
+def rewrite(attention: Node, axes: Axes, out: Node, kept: Shared | OfEachSample) -> None:
+    """Compute the rest of a layer for the kept tokens only, and let the others pass.
+
+    Args:
+        attention: its output for every token, `[B, H, n, D]`.
+        axes: of that.
+        out: the same for the kept tokens, `[B, H, P, D]`, in the graph before it.
+        kept: the kept tokens.
+
+    Raises:
+        Mixes: it is not known what the layer is, or it is not known to treat each token by itself.
+    """
+    end = find(attention, axes)
+    output = end.output
+    cone = computed_only_for(output, end.axes, set(output.users))
+    if cone.sources.get(attention) != axes:
+        raise Mixes(next(iter(cone.stops.values()), "the tokens are on different axes"))
+    if sum(map(multiplies, cone.nodes)) < 2:
+        raise Mixes(f"{ATTENTION_ALONE} ({end.stop})" if end.stop else ATTENTION_ALONE)
+    taken = {x: out if x is attention else kept.take(x, own, output) for x, own in cone.sources.items()}
+    rows, base = cone.again(taken, kept.count, output)[output], end.passed(output)
+    if example(rows).dtype != example(base).dtype:
+        raise Mixes("what passes the layer has another dtype than its output")
+    replace_node(output, kept.put(rows, end.axes, base, output))
+    cone.erase()
+    erase_unread([attention])
