@@ -18,41 +18,41 @@ Exact: everything between is proven to treat each token by itself and to be read
 (`tokenwise/sole_readers.py`). Keys and values of the last layer are still those of the prompt. Q is narrowed to the
 last row here, or to the probe rows and the last one by `prune_projections`. Other slices than the last row, and indices
 that are tensors, leave the attention as it is.
+
+Where the graph returns the hidden state, and those who get it read the newest row alone (`read_demands`), as after the
+graph break between most vision-language models and their head, the other rows are returned as NaN: whoever reads them
+all the same cannot fail to see it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.graph import erase_unread, insert_call, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import (
-    DecodeAttentionCall,
-    HidingRowsCall,
-    SelectTokensCall,
     SparseAttentionCall,
-    TokenScoresCall,
     WindowAttentionCall,
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import Demand
 from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.prefill.last_row import LAST, attend_last
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes, every_axis
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
 from zipvl_compile.passes.tokenwise.row_select import Slice, size
-from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, under_autocast
-
-LAST = slice(-1, None, None)
+from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,27 @@ def rewrite(part: Part, sites: Sites) -> None:
                 narrow_query(arguments(attention)["query"], Axes(2), set()).erase()
 
 
+def narrow_returned(hidden: Node, sites: Sites) -> None:
+    """Compute the newest row alone of a hidden state `[B, n, hidden]` that the graph returns, and NaN for the others.
+
+    Raises:
+        Mixes: as `rewrite` does.
+    """
+    output, key = hidden.graph.output_node(), sites.prefill[0].attention.key
+    row = insert_call(output, operator.getitem, (hidden, (slice(None), LAST)))
+    n = size(key, 2, output)
+    others = n - 1 if isinstance(n, int) else insert_call(output, operator.sub, (n, 1))
+    sizes = [size(key, 0, output), others, example(hidden).shape[2]]
+    nothing = insert_call(output, torch.ops.aten.new_full.default, (row, sizes, math.nan))
+    whole = insert_call(output, torch.cat, ((nothing, row), 1))
+    output.replace_input_with(hidden, whole)
+    try:
+        rewrite(Part(row, hidden, LAST), sites)
+    except Exception:
+        output.replace_input_with(whole, hidden)
+        raise
+
+
 def narrow_query(part: Node, axes: Axes, readers: set[Node]) -> Cone:
     """Compute Q for the rows `part = q[:, :, rows]` only.
 
@@ -158,114 +179,25 @@ def narrow_query(part: Node, axes: Axes, readers: set[Node]) -> Cone:
     return cone
 
 
-def attend_last(attention: Node, before: Node) -> tuple[Node, Node] | None:
-    """Insert the last row of an attention before a node.
-
-    Returns:
-        The row `[B, Hq, 1, Dv]` and the attention that gives it; None where it is none, or cannot be told.
-    """
-    if SparseAttentionCall.matches(attention):
-        call = SparseAttentionCall.read(attention)
-        return attend_last_kept(call, call.k, call.v, call.queries, before)
-    if WindowAttentionCall.matches(attention):
-        window = WindowAttentionCall.read(attention)
-        if window.kept_window:
-            return attend_last_to_window(window, before)
-        return attend_last_kept(window, window.kept_k, window.kept_v, "window", before)
-    row = attend_last_of_all(attention, before) if is_op(attention, "scaled_dot_product_attention") else None
-    return None if row is None else (row, row)
-
-
-def attend_last_to_window(attention: WindowAttentionCall, before: Node) -> tuple[Node, Node]:
-    """Insert the last row `[B, Hq, 1, Dv]` of an attention whose kept rows see their window, too.
-
-    Returns:
-        The row, and the attention that gives it where the last token is kept.
-    """
-    scores = SelectTokensCall.read(attention.positions).scores
-    last = insert_call(before, operator.getitem, (attention.q, (slice(None), slice(None), LAST)))
-    out = replace(attention, q=last, queries="all").insert(before)
-    if attention.queries == "all" or (attention.mask is None and has_last_row(scores)):
-        return out, out
-    none = (slice(None), slice(None), slice(0))
-    keys, values, positions = (
-        insert_call(before, operator.getitem, (x, none))
-        for x in (attention.kept_k, attention.kept_v, attention.positions)
-    )
-    alone = replace(attention, q=last, queries="all", kept_k=keys, kept_v=values, positions=positions).insert(before)
-    return insert_call(before, torch.where, (last_is_kept(attention.positions, scores, before), out, alone)), out
-
-
-def last_is_kept(positions: Node, scores: TokenScoresCall, before: Node) -> Node:
-    """Insert whether the last token of the prompt is kept, bool `[B, 1 or Hq, 1, 1]`."""
-    n, groups = size(scores.k, 2, before), example(positions).shape[1]
-    at = n - 1 if isinstance(n, int) else insert_call(before, operator.sub, (n, 1))
-    kept = insert_call(before, torch.any, (insert_call(before, operator.eq, (positions, at)), 2))  # [B, G]
-    if groups > 1:
-        kept = insert_call(before, torch.repeat_interleave, (kept, example(scores.q).shape[1] // groups, 1))
-    return insert_call(before, operator.getitem, (kept, (Ellipsis, None, None)))
-
-
-def attend_last_of_all(attention: Node, before: Node) -> Node | None:
-    """Insert the last row `[B, Hq, 1, Dv]` of a dense attention before a node; None where it cannot be told."""
-    if attention in under_autocast(attention.graph):
-        return None
-    given = arguments(attention)
-    query, key, value, mask = given.pop("query"), given.pop("key"), given.pop("value"), given.pop("attn_mask", None)
-    shapes = [example(x).shape for x in (query, key)]
-    # It sees every key: no causal mask.
-    if given.pop("is_causal", False) and not statically_known_true(shapes[0][-2] == shapes[1][-2]):
-        return None
-    if mask is not None and not statically_known_true(example(mask).shape[-2] == 1):
-        mask = insert_call(before, operator.getitem, (mask, (Ellipsis, LAST, slice(None))))
-    last = insert_call(before, operator.getitem, (query, (slice(None), slice(None), LAST)))
-    return insert_call(before, F.scaled_dot_product_attention, (last, key, value, mask), given)
-
-
-def attend_last_kept(
-    attention: SparseAttentionCall | WindowAttentionCall, keys: Node, values: Node, others: str, before: Node
-) -> tuple[Node, Node] | None:
-    """Insert the last row `[B, Hq, 1, Dv]` of an attention among kept tokens; return it and its attention.
-
-    None where it may be padding, unless `others`, what tokens that are not kept get, is zero ("selected").
-    """
-    scores = SelectTokensCall.read(attention.positions).scores
-    mask = attention.mask
-    newest_is_kept = others == "all" or (mask is None and has_last_row(scores))
-    if others in ("hold", "window") and not newest_is_kept:
-        return None
-    n = size(scores.k, 2, before)
-    if HidingRowsCall.matches(mask):
-        mask = HidingRowsCall.read(mask).mask  # decoding reads the padding row itself
-    if mask is not None and not statically_known_true(example(mask).shape[2] == 1):
-        mask = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), LAST)))
-    last = insert_call(before, operator.getitem, (attention.q, (slice(None), slice(None), LAST)))
-    # The last row sees every kept key, as a new token sees the cache.
-    out = DecodeAttentionCall(
-        q=last, keys=keys, values=values, positions=attention.positions, prompt_length=n, n=n, mask=mask,
-        scale=attention.scale, softcap=attention.softcap,
-    ).insert(before)  # fmt: skip
-    if newest_is_kept:
-        return out, out
-    return insert_call(before, torch.where, (last_is_kept(attention.positions, scores, before), out, 0.0)), out
-
-
-def has_last_row(scores: TokenScoresCall) -> bool:
-    """Return whether the last row is among the probe rows, the last of them, so that one row sees the last token."""
-    return scores.recent_probes > 0
-
-
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Narrow what is computed for rows of the last hidden state that nobody uses."""
     for part in find(graph):
-        reason = ""
-        try:
-            with undone_on_error(graph):
-                rewrite(part, sites)
-        except Mixes as why:
-            reason = str(why)
-        except Exception as error:  # a fault of ours must not break the user's compile
-            if part.reader._erased:  # too late to undo it here
-                raise
-            reason = str(fault(error))
-        sites.demands.append(Demand(str(part.index), reason))
+        _try(graph, sites, part.index, part.reader, lambda part=part: rewrite(part, sites))  # type: ignore[misc]
+    hidden = sites.demanded.returned
+    if hidden is not None and not hidden._erased:
+        _try(graph, sites, LAST, hidden, lambda: narrow_returned(hidden, sites))
+
+
+def _try(graph: Graph, sites: Sites, index: Any, reader: Node, narrow: Callable[[], None]) -> None:
+    """Narrow some rows, and note why they were not."""
+    reason = ""
+    try:
+        with undone_on_error(graph):
+            narrow()
+    except Mixes as why:
+        reason = str(why)
+    except Exception as error:  # a fault of ours must not break the user's compile
+        if reader._erased:  # too late to undo it here
+            raise
+        reason = str(fault(error))
+    sites.demands.append(Demand(str(index), reason))

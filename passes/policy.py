@@ -46,7 +46,8 @@ class Policy:
         skip: what tokens that are not kept do without: "attention", or the whole "layer", which they pass on the
             residual stream as if it were not there (with "zero" only).
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
-        dense_layers: layers that keep every token: how many of the first ones, or their numbers.
+        dense_layers: layers that keep every token: how many of the first ones, which fraction of all layers from the
+            first, below 1, or their numbers.
         share: the first layer that selects does so for all that follow.
         groups: "layer" selects once per layer, "kv_head" for each KV head, the same number of tokens each. Then no
             projection is pruned, and where the cache holds latents, a layer selects once all the same.
@@ -70,7 +71,7 @@ class Policy:
     kept_window: bool = False
     skip: Skip = "attention"
     prefill: Literal["sparse", "dense"] = "sparse"
-    dense_layers: int | tuple[int, ...] = 0
+    dense_layers: int | float | tuple[int, ...] = 0
     share: bool = False
     groups: Literal["layer", "kv_head"] = "layer"
 

@@ -34,7 +34,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes import skip_layers
-from zipvl_compile.passes.demand_rows import LAST, has_last_row, narrow_query
+from zipvl_compile.passes.demand_rows import narrow_query
 from zipvl_compile.passes.graph.graph import erase_unread, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import (
@@ -51,6 +51,7 @@ from zipvl_compile.passes.match.outcome import PARTS, Pruning
 from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.prefill.around import KINDS, Around
+from zipvl_compile.passes.prefill.last_row import LAST, has_last_row
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes

@@ -25,13 +25,14 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from zipvl_compile.passes.demand_rows import LAST, Part, read_part
+from zipvl_compile.passes.demand_rows import Part, read_part
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, TokenPositionsCall
 from zipvl_compile.passes.graph.reading import changed_in_place, example, is_op, is_pure, memory_of, spelled, written
 from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.prefill.last_row import LAST
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
 from zipvl_compile.passes.tokenwise.row_select import size, token_positions
@@ -103,7 +104,8 @@ def demanded(graph: Graph, sites: Sites, settings: Settings) -> Demanded:
         most = node if most == 1 else insert_call(first, torch.sym_max, (node, most))
     text = [f"slice({-rows}, None, None)" for rows in newest[1:2] if leaving and rows > 1]
     text += [str(part.index) for part in parts if part.index not in (-1, LAST)]
-    return Demanded(most, tuple(others), text=tuple(text))
+    alone = leaving[0] if newest == [1, 1] and leaving and not others else None
+    return Demanded(most, tuple(others), text=tuple(text), returned=alone)
 
 
 def _add(part: Part, newest: list[Any], others: list[Node], key: Node, before: Node) -> None:

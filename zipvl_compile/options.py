@@ -251,8 +251,12 @@ _CHECKS: dict[str, _Check] = {
     "skip": _words(*get_args(Skip), remedy='Use "attention" for the paper\'s method.'),
     "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
     "dense_layers": (
-        lambda value: _count(0)(value) or (isinstance(value, (list, tuple)) and all(map(_count(0), value))),
-        "an integer of at least 0, or a list of layer numbers",
+        lambda value: (
+            all(map(_count(0), value))
+            if isinstance(value, (list, tuple))
+            else _count(0)(value) or (_number(value) and 0 < value < 1)
+        ),
+        "an integer of at least 0, a fraction in (0, 1), or a list of layer numbers",
         "Use 0 to let every layer select.",
     ),
     "share": (_flag, "True or False", "Use False to let every layer select."),

@@ -98,17 +98,20 @@ class Demanded:
         others: nodes that hold positions of further ones, int64 `[m]`.
         every: why every row counts as read; empty where only those do.
         text: which rows those are, as the graph writes it, besides the newest one.
+        returned: the hidden state, where the graph returns it and those who get it read the newest row alone.
     """
 
     newest: Any = 1
     others: tuple[Node, ...] = ()
     every: str = ""
     text: tuple[str, ...] = ()
+    returned: Node | None = None
 
     def mapped(self, of: Callable[[Node], Node]) -> Demanded:
         """Return the same rows with other nodes in the place of its own."""
         newest = of(self.newest) if isinstance(self.newest, Node) else self.newest
-        return replace(self, newest=newest, others=tuple(map(of, self.others)))
+        returned = self.returned and of(self.returned)
+        return replace(self, newest=newest, others=tuple(map(of, self.others)), returned=returned)
 
     def __str__(self) -> str:
         if self.every:

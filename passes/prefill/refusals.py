@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from torch.fx import Node
@@ -103,10 +104,20 @@ def number_of(name: str, place: int) -> int:
     return int(number[1]) if number else place
 
 
-def left_alone(number: int, settings: Settings) -> Reason | None:
-    """Return that a layer is one of those that keep every token, or None."""
+def left_alone(number: int, settings: Settings, layers: int) -> Reason | None:
+    """Return that a layer is one of those that keep every token, or None.
+
+    Args:
+        number: of the layer.
+        settings: with `dense_layers`.
+        layers: how many the model has, as far as the graph shows.
+    """
     dense = settings.dense_layers
-    if number not in (range(dense) if isinstance(dense, int) else dense):
+    if isinstance(dense, tuple):
+        which, alone = "the layers", number in dense
+    else:
+        first = math.ceil(round(dense * layers, 9)) if isinstance(dense, float) else dense
+        which, alone = f"the first {first} layers", number < first
+    if not alone:
         return None
-    which = "the first layers" if isinstance(dense, int) else "the layers"
     return Reason(Why.DENSE_LAYER, f"one of {which} that keep every token: dense_layers={dense}")

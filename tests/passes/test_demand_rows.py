@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.hidden_states import PROBES, RATIO, WIDTH, N, P, Stack, both, hidden_states, widths
+from support.recording import LATER
 
 from zipvl_compile.passes import demand_rows
 from zipvl_compile.passes.graph.op_calls import WindowAttentionCall
+from zipvl_compile.pipeline import without
 
 HEAD = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 SOME = torch.tensor([19, 3, 4])
@@ -214,3 +216,40 @@ def test_a_fault_of_ours_leaves_every_row_computed(record, monkeypatch):
     graph, recorder = both(record, Stack(READS["slice"][0]), hidden_states(), **RATIO)
     assert "zipvl failed on it (KeyError: 'a fault of ours')" in recorder.demands[0].reason
     assert widths(graph)["up"] == [N, N]
+
+
+RETURNED = {
+    "sparse": {},
+    "union": {"unselected": "all", "kept_window": True, "window": 3},
+    "dense": {"min_tokens": N + 1},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rule", RETURNED)
+def test_of_a_hidden_state_that_is_returned_the_row_that_is_read(record, rule, batch, dynamic):
+    """As between a vision-language model and its head, with a graph break between them."""
+    options = {"read": True, "newest_rows_read": lambda: 1, **RATIO, **RETURNED[rule]}
+    stack, x = Stack(), hidden_states(batch=batch)
+    rows = without("read_demands", "demand_rows", "prune_projections", *LATER)
+    (expected, *_), _ = record(stack, x, rows=rows, dynamic=dynamic, **options)
+    torch._dynamo.reset()
+    (got, *_), recorder = record(stack, x, prune=True, dynamic=dynamic, **options)
+    assert got.shape == expected.shape and got[:, :-1].isnan().all()
+    torch.testing.assert_close(got[:, -1], expected[:, -1], rtol=1e-12, atol=1e-12)
+    assert widths(recorder.graphs[0])["up"][-1] == 1 and [demand.reason for demand in recorder.demands] == [""]
+
+
+@pytest.mark.parametrize("count", [0, 16])
+def test_a_hidden_state_of_which_more_is_read_is_returned_in_full(record, count):
+    options = {"read": True, "newest_rows_read": lambda: count, **RATIO}
+    (got, *_), recorder = record(Stack(), hidden_states(), prune=True, **options)
+    assert got.isfinite().all() and recorder.demands == []
+
+
+def test_a_hidden_state_whose_rows_are_mixed_is_returned_in_full(record):
+    options = {"read": True, "newest_rows_read": lambda: 1, **RATIO}
+    (got, *_), recorder = record(Stack(lambda x: x.cumsum(1)), hidden_states(), prune=True, **options)
+    assert got.isfinite().all() and recorder.demands[0].reason == "'cumsum' may mix tokens"
+    assert widths(recorder.graphs[0])["up"] == [N, N]

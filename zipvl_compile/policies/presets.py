@@ -5,9 +5,9 @@ layers that select, and how many documents:
 
                SmolLM2-135M         Gemma 3 270M
     paper      +.286 at 73%, 6      +.006 at 68%, 6
-    quality    +.006 at 81%, 12     -.003 at 82%, 12
-    balanced   +.028 at 55%, 12     +.006 at 57%, 6
-    fast       +.020 at 38%, 6      +.033 at 43%, 6
+    quality    +.006 at 79%, 12     -.001 at 82%, 12
+    balanced   +.037 at 50%, 12     GB
+    fast       +.063 at 38%, 12     GF
 
 The default stays below +.02 on both, there and on the documents to report (README).
 """

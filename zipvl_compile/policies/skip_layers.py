@@ -1,6 +1,6 @@
 """Tokens that a layer does not keep pass it unchanged: no attention, no MLP.
 
-    y[kept] = layer(x)[kept];   y[others] = x[others];   the first layers keep every token
+    y[kept] = layer(x)[kept];   y[others] = x[others];   the first quarter of the layers keeps every token
 
 Nearly all work of a layer then goes with the number of kept tokens, so that short prompts gain, too.
 
@@ -10,4 +10,4 @@ what FastV (arXiv 2403.06764) and ShortV (arXiv 2504.00502) found.
 
 from zipvl_compile.passes.policy import Policy
 
-POLICY = Policy(skip="layer", dense_layers=4)
+POLICY = Policy(skip="layer", score="even", dense_layers=0.25)

@@ -19,7 +19,13 @@ def test_the_first_layers_keep_every_token_and_what_is_not_kept_passes_the_other
     others[kept[2][0, 0]] = False
     assert torch.equal(hidden[3][0, others], hidden[2][0, others])
     assert not torch.isclose(hidden[3][0, ~others], hidden[2][0, ~others]).all(-1).any()
-    assert (POLICY.skip, POLICY.unselected, POLICY.dense_layers) == ("layer", "zero", 4)
+    assert (POLICY.skip, POLICY.unselected, POLICY.dense_layers) == ("layer", "zero", 0.25)
+
+
+def test_a_fraction_of_the_layers_keeps_every_token():
+    for fraction, dense in ((0.25, 1), (0.5, 2), (0.51, 3)):
+        _, kept = run("skip_layers", keep_ratio=0.3, dense_layers=fraction)
+        assert [positions.shape[2] for positions in kept] == [N] * dense + [30] * (LAYERS - dense)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
