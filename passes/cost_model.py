@@ -1,16 +1,18 @@
 """What prefill attention costs dense and sparse, as formulas in the prompt length, and from which length sparse pays.
 
-    dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2 * mask
+    dense  = B Hq (D + Dv) (attend n^2 + edge n) / 2 * mask + B product work n
     sparse = site + B [ (score + multiply D) Hq m n  +  token n                      scores, selection
                         + byte (Hkv (D + Dv) + 2 Hq D + Hq Dv) p  +  byte Hq Dv n    gathers of K, V, Q; rows put back
                         + Hq (D + Dv) (attend p^2 + edge p) / 2 * mask               attention among kept tokens
-                        + Hq (D + Dv) (2 attend local n + edge n) / 2 ]              attention to a window
+                        + Hq (D + Dv) (2 attend local n + edge n) / 2                attention to a window
+                        + product work p ]                                           what tokens pass with the layer
 
 with p = r n kept tokens (n p instead of p^2, and n instead of the p beside `edge`, where every query attends) and m
 probe rows; the lower-case words are seconds per unit, measured on the machine at hand. `edge` is what a blocked kernel
 computes on the causal diagonal and throws away, `mask` what a mask in memory costs where there is one: transformers
-gives dense attention one, and sparse attention often needs none. Projections that `prune_projections` narrows only add
-to the gain; they are left out, since it may find nothing to prune.
+gives dense attention one, and sparse attention often needs none. `work` is what a token that passes the layer saves,
+where that is asked for (`skip_layers`). Projections that `prune_projections` narrows besides only add to the gain; they
+are left out, since it may find nothing to prune.
 
 A GPU works while the host prepares what comes next. There, `site` is what the GPU itself loses, and the `host` time of
 a site counts only as far as the layer leaves the GPU too little to do meanwhile: a decoder block multiplies about
@@ -35,18 +37,19 @@ from zipvl_compile.passes.match.attention_site import AttentionShape
 n, r = sympy.symbols("n r", positive=True)
 B, Hq, Hkv, D, Dv, m, size = sympy.symbols("B Hq Hkv D Dv m size", positive=True)
 every, dense_mask, sparse_mask = sympy.symbols("every dense_mask sparse_mask", nonnegative=True)  # 1 or 0
-local = sympy.symbols("local", nonnegative=True)
+local, work = sympy.symbols("local work", nonnegative=True)
 attend, edge, multiply, score, token, byte, site, host, product, masked = sympy.symbols(
     "attend edge multiply score token byte site host product masked", nonnegative=True
 )
 
-DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n) * (1 + masked * dense_mask)
+DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n) * (1 + masked * dense_mask) + B * product * work * n
 SPARSE = site + B * (
     (score + multiply * D) * Hq * m * n
     + token * n
     + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
     + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every)) * (1 + masked * sparse_mask)
     + Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
+    + product * work * r * n
 )
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
@@ -66,7 +69,7 @@ class Machine:
         byte: of gathering, per byte.
         site: of one sparse attention, whatever its size.
         host: of the host for a sparse attention, beyond that for a dense one; 0 where the host does the work itself.
-        product: of one multiply-add of a large matrix product; where `host` is 0, it has no effect.
+        product: of one multiply-add of a large matrix product.
         masked: what a mask in memory adds to dense attention, as a fraction of its time; no seconds.
     """
 
@@ -83,7 +86,7 @@ class Machine:
 
 
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
-    of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask, local)
+    of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask, local, work)
     of_machine = (attend, edge, multiply, score, token, byte, site, host, product, masked)
     return dict(zip((*of_shape, *of_machine), map(float, (*astuple(shape), *astuple(machine))), strict=True))
 

@@ -18,18 +18,51 @@ and only its attention skips those that are not kept, with the reason.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from zipvl_compile.passes.graph.graph import erase_unread
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.backward_slice import Axes, multiplies
-from zipvl_compile.passes.tokenwise.residual_stream import find
+from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone, multiplies
+from zipvl_compile.passes.tokenwise.residual_stream import LayerEnd, find
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 ATTENTION_ALONE = "it is known to add nothing but the attention to the residual stream"
+
+
+def layer_of(attention: Node, axes: Axes) -> tuple[LayerEnd, Cone]:
+    """Return where the layer of an attention ends, and what of it is computed for kept tokens only.
+
+    Raises:
+        Mixes: it is not known what the layer is, or it is not known to treat each token by itself.
+    """
+    end = find(attention, axes)
+    cone = computed_only_for(end.output, end.axes, set(end.output.users))
+    if cone.sources.get(attention) != axes:
+        raise Mixes(next(iter(cone.stops.values()), "the tokens are on different axes"))
+    if sum(map(multiplies, cone.nodes)) < 2:
+        raise Mixes(f"{ATTENTION_ALONE} ({end.stop})" if end.stop else ATTENTION_ALONE)
+    return end, cone
+
+
+def work(attention: Node) -> int:
+    """Return how many multiply-adds a token saves that passes the layer of an attention; 0 where it cannot.
+
+    Args:
+        attention: its output `[B, H, n, D]`, in a graph that is not rewritten yet.
+    """
+    try:
+        _, cone = layer_of(attention, Axes(2))
+    except Mixes:
+        return 0
+    weights = [
+        example(x) for node in cone.nodes if multiplies(node) for x in node.all_input_nodes if x not in cone.nodes
+    ]
+    sizes = [x.numel() for x in weights if isinstance(x, torch.Tensor) and x.dim() == 2]
+    return sum(size for size in sizes if isinstance(size, int))
 
 
 def rewrite(attention: Node, axes: Axes, out: Node, kept: Shared | OfEachSample) -> None:
@@ -44,13 +77,8 @@ def rewrite(attention: Node, axes: Axes, out: Node, kept: Shared | OfEachSample)
     Raises:
         Mixes: it is not known what the layer is, or it is not known to treat each token by itself.
     """
-    end = find(attention, axes)
+    end, cone = layer_of(attention, axes)
     output = end.output
-    cone = computed_only_for(output, end.axes, set(output.users))
-    if cone.sources.get(attention) != axes:
-        raise Mixes(next(iter(cone.stops.values()), "the tokens are on different axes"))
-    if sum(map(multiplies, cone.nodes)) < 2:
-        raise Mixes(f"{ATTENTION_ALONE} ({end.stop})" if end.stop else ATTENTION_ALONE)
     taken = {x: out if x is attention else kept.take(x, own, output) for x, own in cone.sources.items()}
     rows, base = cone.again(taken, kept.count, output)[output], end.passed(output)
     if example(rows).dtype != example(base).dtype:

@@ -115,6 +115,7 @@ class AttentionShape:
         every_query: every query attends to the kept keys, not only the kept ones.
         dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
         local: keys that every query sees besides the kept ones (tokens).
+        work: what a token saves that passes the layer (multiply-adds); 0 where none does.
     """
 
     batch: int
@@ -128,6 +129,7 @@ class AttentionShape:
     dense_mask: bool = False
     sparse_mask: bool = False
     local: int = 0
+    work: int = 0
 
 
 def module_path(node: Node) -> str:

@@ -8,6 +8,7 @@ import re
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from zipvl_compile.passes import skip_layers
 from zipvl_compile.passes.cost_model import NEVER
 from zipvl_compile.passes.graph.reading import changed_in_place, example
 from zipvl_compile.passes.masks.mask_form import MaskForm
@@ -92,7 +93,8 @@ def shape_of(attention: Attention, form: MaskForm, settings: Settings) -> Attent
     sizes = (batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], settings.probes, q.element_size())
     masked = attention.mask is not None
     local = settings.window + settings.sinks if settings.local else 0
-    return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local)
+    work = skip_layers.work(attention.node) if settings.skip == "layer" else 0
+    return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local, work)
 
 
 def number_of(name: str, place: int) -> int:

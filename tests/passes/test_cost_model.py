@@ -45,6 +45,15 @@ def test_a_window_costs_its_keys_for_every_query():
     assert break_even(near, MACHINE, 0.5) > break_even(SHAPE, MACHINE, 0.5)
 
 
+def test_what_a_token_saves_that_passes_the_layer():
+    skipping = dataclasses.replace(SHAPE, work=7, batch=3)
+    assert seconds(skipping, only(product=1.0), 1000, 0.4) == (3 * 7 * 1000, pytest.approx(3 * 7 * 400))
+    layer = dataclasses.replace(SHAPE, work=10_000_000)
+    machine = dataclasses.replace(MACHINE, product=2e-11)
+    assert break_even(layer, machine, 0.5) < 200 < 500 < break_even(SHAPE, machine, 0.5)
+    assert break_even(layer, machine, 1.0) == NEVER
+
+
 def test_scores_are_probe_rows_times_tokens():
     assert seconds(SHAPE, only(multiply=1.0), 1000, 0.5) == (0, 8 * 128 * 1000 * 64)
     assert seconds(SHAPE, only(score=1.0), 1000, 0.5) == (0, 8 * 128 * 1000)

@@ -97,6 +97,18 @@ def test_everything_but_keys_and_scores_is_computed_for_kept_tokens(record):
     assert found == {"q": [PROBES, P] * 2, "k": [N] * 2, "v": [P] * 2, "o": [P] * 2, "up": [P] * 2}
 
 
+@pytest.mark.parametrize("form", ["sequential", "parallel", "several experts"])
+def test_what_a_token_saves_that_passes(record, form):
+    """The output projection, and the MLP: of one linear, or of a router and three experts."""
+    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, skip="layer", **RATIO)
+    (first, second) = recorder.sites[0].prefill
+    mlp = WIDTH * WIDTH if form != "several experts" else 3 * WIDTH + 3 * WIDTH * WIDTH
+    assert first.shape.work == second.shape.work == WIDTH * WIDTH + mlp
+    torch._dynamo.reset()
+    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, **RATIO)
+    assert recorder.sites[0].prefill[0].shape.work == 0, "none passes"
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
 @pytest.mark.parametrize("batch", [1, 2])

@@ -197,15 +197,15 @@ def _measure(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> Machine
         "gather": lambda: gather_tokens(k, positions),
         "site": lambda: sparse_prefill_attention(few_q, few_k, few_v),
     }
-    host = product = 0.0
+    matrix, host = draw(sizes.side, sizes.side), 0.0
+    runs["product"] = lambda: matrix @ matrix
     if device.type == "cuda":
-        matrix = draw(sizes.side, sizes.side)
-        times = _device_times(runs | {"product": lambda: matrix @ matrix})
-        product = times["product"] / sizes.side**3
+        times = _device_times(runs)
         launches = _times({name: runs[name] for name in ("attend few", "site")}, device)
         host = max(launches["site"] - launches["attend few"], 0.0)
     else:
         times = _times(runs, device)
+    product = times["product"] / sizes.side**3
     # attend n^2 + edge n, through the times at two lengths
     quadratic = min(max(2 * times["attend"] - 4 * times["attend half"], 0.5 * times["attend"]), times["attend"])
     attend = quadratic / (heads * large**2 * width)
