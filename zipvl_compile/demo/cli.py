@@ -154,10 +154,13 @@ def explain(
             explanation = explain_model(loaded, options=options, **inputs)
         console.print(explanation)
         if cost:
-            from zipvl_compile.report.costs import costs
+            from zipvl_compile.report.costs import costs, prefill_speedup
 
             for line in costs(explanation, loaded.dtype, loaded.device):
                 console.print(str(line), highlight=False)
+            if (speedup := prefill_speedup(loaded, explanation, loaded.dtype, loaded.device)) is not None:
+                text = f"Prefill of this prompt, all layers of the decoder: {speedup:.2f}x of dense predicted."
+                console.print(text, highlight=False)
 
 
 @app.command()

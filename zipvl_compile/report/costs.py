@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,3 +87,42 @@ def costs(explanation: Explanation, dtype: torch.dtype, device: torch.device) ->
             dense, sparse = seconds(row.shape, speed, explanation.prompt_length, kept)
             found.append(LayerCost(row.layer, break_even(row.shape, speed, kept), dense, sparse, kept))
     return found
+
+
+def prefill_speedup(
+    model: torch.nn.Module, explanation: Explanation, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Return by how much the decoder's prefill of the explained prompt is predicted to be faster than dense.
+
+    All layers with all that they multiply; a layer that stayed dense counts as it is. Projections that are pruned
+    around an attention are counted in full, as the cost model does. None where no layer is a prefill over a KV cache.
+    """
+    speed, n = machine(device, dtype), explanation.prompt_length
+    dense = sparse = 0.0
+    for row in explanation.rows:
+        if row.kind != "prefill" or row.shape is None:
+            continue
+        others = max(multiply_adds(model, row.layer) - row.shape.work, 0) * row.shape.batch * n * speed.product
+        before, after = seconds(row.shape, speed, n, 1.0 if row.kept is None else row.kept / n)
+        dense += before + others
+        sparse += (before if row.reason else after) + others
+    return dense / sparse if sparse else None
+
+
+def multiply_adds(model: torch.nn.Module, path: str) -> int:
+    """Return how many multiply-adds a token takes in the products of the layer that a module path lies in.
+
+    Of weights that hold many experts, as many count as a token is sent to.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = next((x for name in _CHOSEN if isinstance(x := getattr(text, name, None), int)), 1)
+    try:
+        layer = model.get_submodule(path.rpartition(".")[0])
+    except AttributeError:  # the name of a graph's node stands where no module is known
+        return 0
+    weights = [x for x in layer.parameters() if x.dim() >= 2]
+    return sum(x.numel() if x.dim() == 2 else x.numel() // x.shape[0] * min(chosen, x.shape[0]) for x in weights)
+
+
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")  # as configs name how many experts a token is sent to

@@ -11,7 +11,7 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seconds
 from zipvl_compile.report import costs as module
 from zipvl_compile.report.compile_report import collect
-from zipvl_compile.report.costs import costs, least_tokens
+from zipvl_compile.report.costs import costs, least_tokens, multiply_adds, prefill_speedup
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -82,3 +82,31 @@ def test_explain_predicts_every_layer(known):
         assert cost.kept == row.kept / row.prompt_length < 1
         assert cost.speedup == cost.dense / cost.sparse < 1, "a prompt this short gains nothing"
         assert cost.break_even > explanation.prompt_length and f"from {cost.break_even} tokens" in str(cost)
+
+
+def test_a_layer_multiplies_with_its_weights():
+    llava = model()
+    text = llava.config.text_config
+    head_dim = llava.model.language_model.layers[0].self_attn.head_dim
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads)
+    expected = heads * head_dim * text.hidden_size + 3 * text.hidden_size * text.intermediate_size
+    assert multiply_adds(llava, "model.language_model.layers.1.self_attn") == expected
+    assert multiply_adds(llava, "(scaled_dot_product_attention)") == 0
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_explain_predicts_the_prefill_of_the_whole_decoder(monkeypatch, skip):
+    """Where attention and its choice are free, what tokens pass is all that is gained."""
+    speed = dataclasses.replace(
+        SLOW_SITE, attend=0, edge=0, multiply=0, score=0, token=0, byte=0, site=0, product=1e-11
+    )
+    monkeypatch.setattr(module, "machine", lambda device, dtype: speed)
+    options = {"min_tokens": 0, "inner": "eager", "keep_ratio": 0.5, "policy": "paper"}
+    if skip:
+        options |= {"policy": "skip_layers", "dense_layers": 0}
+    explanation = zipvl_compile.explain(model(), options=options, **inputs(text=20))
+    found = prefill_speedup(model(), explanation, torch.float32, CPU)
+    rows = [row for row in explanation.rows if row.kind == "prefill"]
+    whole = [multiply_adds(model(), row.layer) for row in rows]
+    left = [w - row.shape.work * (1 - row.kept / row.prompt_length) for w, row in zip(whole, rows, strict=True)]
+    assert found == pytest.approx(sum(whole) / sum(left)) and (found > 1.3) == skip
