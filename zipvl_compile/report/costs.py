@@ -117,9 +117,12 @@ def multiply_adds(model: torch.nn.Module, path: str) -> int:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     chosen = next((x for name in _CHOSEN if isinstance(x := getattr(text, name, None), int)), 1)
+    parent = path.rpartition(".")[0]
+    if not parent:  # the name of a node of the graph, where no module is known
+        return 0
     try:
-        layer = model.get_submodule(path.rpartition(".")[0])
-    except AttributeError:  # the name of a graph's node stands where no module is known
+        layer = model.get_submodule(parent)
+    except AttributeError:
         return 0
     weights = [x for x in layer.parameters() if x.dim() >= 2]
     return sum(x.numel() if x.dim() == 2 else x.numel() // x.shape[0] * min(chosen, x.shape[0]) for x in weights)
