@@ -19,9 +19,9 @@ Exact: everything between is proven to treat each token by itself and to be read
 last row here, or to the probe rows and the last one by `prune_projections`. Other slices than the last row, and indices
 that are tensors, leave the attention as it is.
 
-Where the graph returns the hidden state, and those who get it read the newest row alone (`read_demands`), as after the
-graph break between most vision-language models and their head, the other rows are returned as NaN: whoever reads them
-all the same cannot fail to see it.
+Where the graph returns the last hidden state, and those who get it read the newest row alone (`read_demands`), as after
+the graph break between most vision-language models and their head, the other rows are returned as NaN: whoever reads
+them all the same cannot fail to see it.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.prefill.last_row import LAST
+from zipvl_compile.passes.prefill.refusals import number_of
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
 from zipvl_compile.passes.tokenwise.row_select import size, token_positions
@@ -104,8 +105,15 @@ def demanded(graph: Graph, sites: Sites, settings: Settings) -> Demanded:
         most = node if most == 1 else insert_call(first, torch.sym_max, (node, most))
     text = [f"slice({-rows}, None, None)" for rows in newest[1:2] if leaving and rows > 1]
     text += [str(part.index) for part in parts if part.index not in (-1, LAST)]
-    alone = leaving[0] if newest == [1, 1] and leaving and not others else None
+    alone = leaving[0] if newest == [1, 1] and leaving and not others and has_last_layer(sites, settings) else None
     return Demanded(most, tuple(others), text=tuple(text), returned=alone)
+
+
+def has_last_layer(sites: Sites, settings: Settings) -> bool:
+    """Return whether the last attention of a graph is known to be that of the decoder's last layer."""
+    last = len(sites.prefill) - 1
+    number = number_of(sites.prefill[last].name, -1)
+    return number >= 0 and settings.decoder_layers() == number + 1
 
 
 def _add(part: Part, newest: list[Any], others: list[Node], key: Node, before: Node) -> None:

@@ -17,6 +17,10 @@ def _all() -> int:
     return 0
 
 
+def _unknown() -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(Policy):
     """A selection rule, and what it is used for.
@@ -27,6 +31,7 @@ class Settings(Policy):
         kernel: implementation of the operators.
         newest_rows_read: how many of its newest rows those who get a hidden state from a graph read at most (tokens);
             0 is all rows. Asked where a graph gives one.
+        decoder_layers: how many layers the decoder has that a graph belongs to; None where nobody knows.
         per_request: the budget is an input of the graph, `BUDGET`, so that it may change from call to call.
     """
 
@@ -34,4 +39,5 @@ class Settings(Policy):
     min_tokens: int | LeastTokens = 0
     kernel: str = "auto"
     newest_rows_read: Callable[[], int] = _all
+    decoder_layers: Callable[[], int | None] = _unknown
     per_request: bool = False

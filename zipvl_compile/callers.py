@@ -26,6 +26,24 @@ def newest_rows_read() -> int:
     return count if recompile_unless(lambda: _count(_asked()) == count, f"{LOGITS_TO_KEEP} of the caller") else 0
 
 
+def decoder_layers() -> int | None:
+    """Return how many layers the decoder has whose graph is being compiled, as the frames that call it know its config.
+
+    A graph break between two layers makes the hidden state an output, too, of which all rows are read.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        config: Any = getattr(frame.f_locals.get("self"), "config", None)
+        if hasattr(config, "get_text_config"):
+            try:
+                count = getattr(config.get_text_config(), "num_hidden_layers", None)
+            except ValueError:  # several
+                count = None
+            return count if type(count) is int else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 def _count(asked: Any) -> int:
     if type(asked) is not int or asked < 1:
         return 0

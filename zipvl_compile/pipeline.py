@@ -21,7 +21,7 @@ from pathlib import Path
 from torch.fx import Graph
 
 from zipvl_compile.cache.uneven import check_layers_agree
-from zipvl_compile.callers import newest_rows_read
+from zipvl_compile.callers import decoder_layers, newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -114,6 +114,7 @@ def settings_of(options: ZipVLOptions) -> Settings:
         min_tokens=least_tokens(options),
         kernel=options.kernel,
         newest_rows_read=newest_rows_read,
+        decoder_layers=decoder_layers,
         per_request=True,
     )
 

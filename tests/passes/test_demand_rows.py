@@ -218,6 +218,7 @@ def test_a_fault_of_ours_leaves_every_row_computed(record, monkeypatch):
     assert widths(graph)["up"] == [N, N]
 
 
+ONE_ROW = {"read": True, "newest_rows_read": lambda: 1, "decoder_layers": lambda: 2}
 RETURNED = {
     "sparse": {},
     "union": {"unselected": "all", "kept_window": True, "window": 3},
@@ -230,7 +231,7 @@ RETURNED = {
 @pytest.mark.parametrize("rule", RETURNED)
 def test_of_a_hidden_state_that_is_returned_the_row_that_is_read(record, rule, batch, dynamic):
     """As between a vision-language model and its head, with a graph break between them."""
-    options = {"read": True, "newest_rows_read": lambda: 1, **RATIO, **RETURNED[rule]}
+    options = {**ONE_ROW, **RATIO, **RETURNED[rule]}
     stack, x = Stack(), hidden_states(batch=batch)
     rows = without("read_demands", "demand_rows", "prune_projections", *LATER)
     (expected, *_), _ = record(stack, x, rows=rows, dynamic=dynamic, **options)
@@ -243,13 +244,21 @@ def test_of_a_hidden_state_that_is_returned_the_row_that_is_read(record, rule, b
 
 @pytest.mark.parametrize("count", [0, 16])
 def test_a_hidden_state_of_which_more_is_read_is_returned_in_full(record, count):
-    options = {"read": True, "newest_rows_read": lambda: count, **RATIO}
+    options = {**ONE_ROW, "newest_rows_read": lambda: count, **RATIO}
     (got, *_), recorder = record(Stack(), hidden_states(), prune=True, **options)
     assert got.isfinite().all() and recorder.demands == []
 
 
 def test_a_hidden_state_whose_rows_are_mixed_is_returned_in_full(record):
-    options = {"read": True, "newest_rows_read": lambda: 1, **RATIO}
+    options = {**ONE_ROW, **RATIO}
     (got, *_), recorder = record(Stack(lambda x: x.cumsum(1)), hidden_states(), prune=True, **options)
     assert got.isfinite().all() and recorder.demands[0].reason == "'cumsum' may mix tokens"
     assert widths(recorder.graphs[0])["up"] == [N, N]
+
+
+@pytest.mark.parametrize("layers", [3, 1, None])
+def test_a_hidden_state_between_two_layers_is_returned_in_full(record, layers):
+    """As between the first layers of Qwen3-VL, where features of the vision tower are added after a graph break."""
+    options = {**ONE_ROW, "decoder_layers": lambda: layers, **RATIO}
+    (got, *_), recorder = record(Stack(), hidden_states(), prune=True, **options)
+    assert got.isfinite().all() and recorder.demands == []

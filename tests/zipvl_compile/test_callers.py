@@ -1,10 +1,12 @@
 """What the frames that call a graph read of its hidden state; Dynamo compiles again for others that read more."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from zipvl_compile.callers import COUNTS, newest_rows_read
+from zipvl_compile.callers import COUNTS, decoder_layers, newest_rows_read
 from zipvl_compile.dynamo import recompile_unless
 
 
@@ -88,3 +90,34 @@ def test_where_nothing_is_traced_nobody_can_be_asked():
 
     assert forward(1) == 0 and not recompile_unless(lambda: True, "")
     assert [*COUNTS] == sorted(COUNTS) and COUNTS[0] == 1, "greedy decoding keeps the paper's rule"
+
+
+class Config:
+    def __init__(self, layers):
+        self.layers = layers
+
+    def get_text_config(self):
+        if self.layers == "several":
+            raise ValueError("several")
+        return SimpleNamespace(num_hidden_layers=self.layers)
+
+
+@pytest.mark.parametrize(("layers", "told"), [(7, 7), ("seven", None), ("several", None)])
+def test_the_innermost_module_with_a_config_knows_the_layers(layers, told):
+    class Outer(nn.Module):
+        config = Config(99)
+
+        def forward(self):
+            return Inner()()
+
+    class Inner(nn.Module):
+        config = Config(layers)
+
+        def forward(self):
+            return Decoder.told(nn.Identity())
+
+    class Decoder:
+        def told(self):
+            return decoder_layers()
+
+    assert Outer()() == told and decoder_layers() is None

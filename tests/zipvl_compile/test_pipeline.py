@@ -40,7 +40,7 @@ def test_every_option_of_the_method_reaches_the_passes():
     chosen = {
         "recent_probes": 3, "random_probes": 4, "draw": "strided", "seed": 5, "score": "value", "pooling": 3,
         "tau": 0.5, "floor": 0.2, "keep_recent": 6, "keep_first": 2, "unselected": "all", "window": 8, "sinks": 1,
-        "kept_window": True, "prefill": "dense", "dense_layers": 1, "share": True, "groups": "layer",
+        "kept_window": True, "prefill": "dense", "dense_layers": 1, "share": True, "groups": "layer", "skip": "layer",
         "evict": "keep", "min_tokens": 7, "kernel": "torch",
     }  # fmt: skip
     settings = settings_of(ZipVLOptions(**chosen))
@@ -48,7 +48,8 @@ def test_every_option_of_the_method_reaches_the_passes():
     assert settings_of(ZipVLOptions(keep_ratio=0.25)).keep_ratio == 0.25
     assert settings_of(ZipVLOptions(keep_tokens=9)).keep_tokens == 9
     assert settings.newest_rows_read is newest_rows_read, "the callers of a graph are asked"
-    names = {field.name for field in dataclasses.fields(Settings)} - {"newest_rows_read", "per_request"}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    names -= {"newest_rows_read", "decoder_layers", "per_request"}
     assert names == {*chosen, "keep_ratio", "keep_tokens"}, "a new setting belongs into this test"
     assert names <= {field.name for field in dataclasses.fields(ZipVLOptions)}, "one name from the option to the pass"
 
@@ -57,7 +58,11 @@ def test_defaults_are_the_papers():
     settings, plain = settings_of(ZipVLOptions()), Settings()
     assert callable(settings.min_tokens), "the cost model decides"
     given = dataclasses.replace(
-        settings, min_tokens=0, newest_rows_read=plain.newest_rows_read, per_request=plain.per_request
+        settings,
+        min_tokens=0,
+        newest_rows_read=plain.newest_rows_read,
+        decoder_layers=plain.decoder_layers,
+        per_request=plain.per_request,
     )
     assert given == plain
     assert (plain.tau, plain.recent_probes, plain.random_probes, plain.unselected) == (0.975, 64, 64, "zero")

@@ -11,10 +11,10 @@ pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo
 from PIL import Image
 
 from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs, read_image
-from zipvl_compile.demo.tiny_lvlm.build import WORD_ID, build_config, build_processor
-from zipvl_compile.demo.tiny_lvlm.scenes import GRID, IMAGE_SIZE, IMAGE_TOKENS
+from zipvl_compile.demo.tiny_lvlm.build import build_config, build_processor, word_ids
+from zipvl_compile.demo.tiny_lvlm.canvas import SMALL
 
-PICTURE = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (255, 0, 64))
+PICTURE = Image.new("RGB", (SMALL.size, SMALL.size), (255, 0, 64))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_images_are_read_as_rgb(picture, tmp_path):
 
 def test_the_image_token_is_put_in_front_where_it_is_missing(processor, x):
     ids = x["input_ids"]
-    assert (ids == WORD_ID["<image>"]).sum() == IMAGE_TOKENS and x["pixel_values"].shape[0] == 1
+    assert (ids == word_ids(SMALL)["<image>"]).sum() == SMALL.tokens and x["pixel_values"].shape[0] == 1
     given = prompt_inputs(processor, PICTURE, "<image> read all digits :")
     assert torch.equal(given["input_ids"], ids)
 
@@ -75,8 +75,8 @@ def test_a_chat_template_is_used_where_there_is_one():
 def test_image_tokens_and_their_grid_are_found(x):
     config = build_config()
     where = image_positions(config, x)
-    assert torch.equal(where, torch.arange(1, 1 + IMAGE_TOKENS)), "behind <bos>"
-    assert patch_grid(config, x) == (GRID, GRID)
+    assert torch.equal(where, torch.arange(1, 1 + SMALL.tokens)), "behind <bos>"
+    assert patch_grid(config, x) == (SMALL.grid, SMALL.grid)
     assert image_positions(SimpleNamespace(), x).numel() == 0 and patch_grid(SimpleNamespace(), x) is None
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from zipvl_compile.demo.tiny_lvlm.build import WORD_ID, normalise
+from zipvl_compile.demo.tiny_lvlm.build import normalise, word_ids
 from zipvl_compile.demo.tiny_lvlm.questions import EOS, KINDS, PAD, ask, hints
-from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, GRID, IMAGE_TOKENS, Scene
+from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, Scene
 
 IGNORED = -100
 NO_DIGIT = 10
@@ -21,13 +21,14 @@ def pixel_values(scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 def patch_labels(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digit and colour numbers, int64 (batch, IMAGE_TOKENS); NO_DIGIT and NO_COLOUR on the background."""
-    digits = torch.full((len(scenes), IMAGE_TOKENS), NO_DIGIT)
-    colours = torch.full((len(scenes), IMAGE_TOKENS), NO_COLOUR)
+    """Digit and colour numbers, int64 (batch, patches); NO_DIGIT and NO_COLOUR on the background."""
+    canvas = scenes[0].canvas
+    digits = torch.full((len(scenes), canvas.tokens), NO_DIGIT)
+    colours = torch.full((len(scenes), canvas.tokens), NO_COLOUR)
     for index, scene in enumerate(scenes):
         for one in scene.digits:
-            digits[index, one.row * GRID + one.column] = one.digit
-            colours[index, one.row * GRID + one.column] = COLOUR_NAMES.index(one.colour)
+            digits[index, one.row * canvas.grid + one.column] = one.digit
+            colours[index, one.row * canvas.grid + one.column] = COLOUR_NAMES.index(one.colour)
     return digits, colours
 
 
@@ -65,20 +66,20 @@ def pack_questions(
 
     ``with_hints`` also labels the word of a prompt that its answer turns on with that answer.
     """
-    kinds = list(weights)
+    kinds, ids = list(weights), word_ids(scenes[0].canvas)
     chances = np.array(list(weights.values())) / sum(weights.values())
     rows: list[list[tuple[int, ...]]] = []
     for scene in scenes:
         row: list[tuple[int, ...]] = []
         for number in range(per_image):
             question = ask(rng, scene.digits, kinds[int(rng.choice(len(kinds), p=chances))])
-            prompt = [WORD_ID[word] for word in question.prompt.split()]
-            answer = [WORD_ID[word] for word in f"{question.answer} {EOS}".split()]
+            prompt = [ids[word] for word in question.prompt.split()]
+            answer = [ids[word] for word in f"{question.answer} {EOS}".split()]
             words = prompt + answer[:-1]
             targets = [IGNORED] * (len(prompt) - 1) + answer
             if with_hints:
                 for index, word in hints(question).items():
-                    targets[index] = WORD_ID[word]
+                    targets[index] = ids[word]
             kind = KINDS.index(question.kind)
             row += (
                 (word, target, offset, number, kind)
@@ -86,7 +87,7 @@ def pack_questions(
             )
         rows.append(row)
     length = max(map(len, rows))
-    padding = (WORD_ID[PAD], IGNORED, 0, -1, -1)
+    padding = (ids[PAD], IGNORED, 0, -1, -1)
     table = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     return PackedQuestions(*table.unbind(-1))
 

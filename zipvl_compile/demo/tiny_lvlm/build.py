@@ -1,6 +1,7 @@
 """The untrained parts: model configuration and initial weights, tokenizer, processor."""
 
 import math
+from functools import lru_cache
 
 import torch
 from tokenizers import Tokenizer
@@ -18,53 +19,66 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from zipvl_compile.demo.tiny_lvlm.questions import BOS, EOS, IMAGE, PAD, UNKNOWN, VOCABULARY
-from zipvl_compile.demo.tiny_lvlm.scenes import CELL, IMAGE_SIZE, IMAGE_TOKENS
+from zipvl_compile.demo.tiny_lvlm.canvas import CELL, SMALL, Canvas
+from zipvl_compile.demo.tiny_lvlm.questions import BOS, EOS, IMAGE, PAD, UNKNOWN, vocabulary
 
-WORD_ID: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}
 PIXEL_MEAN, PIXEL_STD = 0.3, 0.25
-CONTEXT_LENGTH = 1024
 
 
-def build_config() -> LlavaConfig:
-    """A CLIP tower of 2 layers before a Llama of 4 layers with 4 query heads and 2 key-value heads."""
+@lru_cache(maxsize=2)
+def word_ids(canvas: Canvas) -> dict[str, int]:
+    """The token of every word, for pictures of a canvas."""
+    return {word: index for index, word in enumerate(vocabulary(canvas))}
+
+
+def context_length(canvas: Canvas) -> int:
+    """How many tokens a prompt may have."""
+    return max(1024, 2 * canvas.tokens)
+
+
+def build_config(canvas: Canvas = SMALL) -> LlavaConfig:
+    """A CLIP tower before a Llama of 4 layers with 4 query heads and 2 key-value heads.
+
+    The tower has 2 layers, or one where a picture has thousands of patches: there it would take most of the time.
+    """
+    ids = word_ids(canvas)
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=2 if canvas.tokens < 1024 else 1,
         num_attention_heads=4,
-        image_size=IMAGE_SIZE,
+        image_size=canvas.size,
         patch_size=CELL,
         projection_dim=96,
     )
     text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(ids),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT_LENGTH,
-        pad_token_id=WORD_ID[PAD],
-        bos_token_id=WORD_ID[BOS],
-        eos_token_id=WORD_ID[EOS],
+        max_position_embeddings=context_length(canvas),
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
         tie_word_embeddings=False,
     )
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=WORD_ID[IMAGE],
+        image_token_index=ids[IMAGE],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=canvas.tokens,
         tie_word_embeddings=False,
     )
 
 
-def build_model(seed: int) -> LlavaForConditionalGeneration:
+def build_model(seed: int, canvas: Canvas = SMALL) -> LlavaForConditionalGeneration:
     """A model with the initial weights that training starts from."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(canvas))
     language = model.model.language_model
     # The customary 0.02 is far too small for 128 features: attention stays uniform and nothing is learnt.
     for parameter in language.parameters():
@@ -86,21 +100,23 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     for linear in (projector.linear_1, projector.linear_2):
         torch.nn.init.xavier_uniform_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
+    ids = word_ids(canvas)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=8,
-        pad_token_id=WORD_ID[PAD],
-        bos_token_id=WORD_ID[BOS],
-        eos_token_id=WORD_ID[EOS],
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
     )
     return model
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(canvas: Canvas = SMALL) -> PreTrainedTokenizerFast:
     """One token per word; texts start with ``<bos>``; batches are padded on the left, for ``generate``."""
-    tokenizer = Tokenizer(WordLevel(WORD_ID, unk_token=UNKNOWN))
+    ids = word_ids(canvas)
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, WORD_ID[BOS])])
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -109,15 +125,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         additional_special_tokens=[IMAGE],
         padding_side="left",
-        model_max_length=CONTEXT_LENGTH,
+        model_max_length=context_length(canvas),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """Turns ``IMAGE_SIZE``-sized pictures and texts holding ``<image>`` into the inputs of the model."""
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+def build_processor(canvas: Canvas = SMALL) -> LlavaProcessor:
+    """Turns pictures of a canvas and texts holding ``<image>`` into the inputs of the model."""
+    side = {"height": canvas.size, "width": canvas.size}
     # The PIL variant: the default one needs torchvision.
     image_processor = CLIPImageProcessorPil(
         size=side,
@@ -129,7 +145,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(canvas),
         patch_size=CELL,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" drops again

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from zipvl_compile.demo.tiny_lvlm.canvas import SMALL, Canvas
 from zipvl_compile.demo.tiny_lvlm.questions import IMAGE as IMAGE_TOKEN
 from zipvl_compile.demo.tiny_lvlm.questions import KINDS, MULTI_TOKEN_KINDS, SINGLE_TOKEN_KINDS, ask
 from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
@@ -23,11 +24,13 @@ class DemoQuestion(NamedTuple):
     kind: str
 
 
-def questions_for_demo(count: int, seed: int, kinds: Iterable[str] = KINDS) -> Iterator[DemoQuestion]:
+def questions_for_demo(
+    count: int, seed: int, kinds: Iterable[str] = KINDS, canvas: Canvas = SMALL
+) -> Iterator[DemoQuestion]:
     """Yield ``count`` questions, the kinds in turn, every one about its own scene of held-out digits."""
     rng = np.random.default_rng(seed)
     for kind in islice(cycle(tuple(kinds)), count):
-        scene = draw_scene(rng, "held_out")
+        scene = draw_scene(rng, "held_out", canvas=canvas)
         question = ask(rng, scene.digits, kind)
         yield DemoQuestion(
             Image.fromarray(scene.image), f"{IMAGE_TOKEN} {question.prompt}", question.answer, question.kind

@@ -6,32 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, GRID, PlacedDigit
+from zipvl_compile.demo.tiny_lvlm.canvas import LARGE, Canvas
+from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, PlacedDigit
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, IMAGE)
 
 DIGIT_WORDS = tuple(str(digit) for digit in range(10))
-ROW_WORDS = tuple(f"r{row + 1}" for row in range(GRID))
-COLUMN_WORDS = tuple(f"c{column + 1}" for column in range(GRID))
 COUNT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 # Says "there is no digit on this patch" while the vision tower is aligned with the words; never an answer.
 NOTHING = "nothing"
 _PROSE = tuple(
     "what which how many digit digits color row column is are in at there read all ? :".split()  # noqa: SIM905
 )
-VOCABULARY = (
-    *SPECIAL_TOKENS,
-    *_PROSE,
-    *DIGIT_WORDS,
-    *COLOUR_NAMES,
-    *ROW_WORDS,
-    *COLUMN_WORDS,
-    *COUNT_WORDS,
-    NOTHING,
-)
-
-_TURNING_WORDS = frozenset((*DIGIT_WORDS, *COLOUR_NAMES, *ROW_WORDS, *COLUMN_WORDS))
+_TURNING_WORDS = frozenset((*DIGIT_WORDS, *COLOUR_NAMES, *LARGE.rows, *LARGE.columns))
 
 Digits = Sequence[PlacedDigit]
 
@@ -43,6 +31,20 @@ class Question:
     kind: str
     prompt: str
     answer: str
+
+
+def vocabulary(canvas: Canvas) -> tuple[str, ...]:
+    """The words that pictures of a canvas are asked about in; the first ones are the same for all."""
+    return (
+        *SPECIAL_TOKENS,
+        *_PROSE,
+        *DIGIT_WORDS,
+        *COLOUR_NAMES,
+        *canvas.rows,
+        *canvas.columns,
+        *COUNT_WORDS,
+        NOTHING,
+    )
 
 
 def ask(rng: np.random.Generator, digits: Digits, kind: str) -> Question:
@@ -90,17 +92,17 @@ def _digit_to_colour(rng: np.random.Generator, digits: Digits) -> tuple[str, str
 
 def _colour_to_row(rng: np.random.Generator, digits: Digits) -> tuple[str, str]:
     one = _any(rng, digits)
-    return f"which row is {one.colour} in ?", ROW_WORDS[one.row]
+    return f"which row is {one.colour} in ?", LARGE.rows[one.row]
 
 
 def _colour_to_column(rng: np.random.Generator, digits: Digits) -> tuple[str, str]:
     one = _any(rng, digits)
-    return f"which column is {one.colour} in ?", COLUMN_WORDS[one.column]
+    return f"which column is {one.colour} in ?", LARGE.columns[one.column]
 
 
 def _position_to_digit(rng: np.random.Generator, digits: Digits) -> tuple[str, str]:
     one = _any(rng, digits)
-    return f"what digit is at {ROW_WORDS[one.row]} {COLUMN_WORDS[one.column]} ?", str(one.digit)
+    return f"what digit is at {LARGE.rows[one.row]} {LARGE.columns[one.column]} ?", str(one.digit)
 
 
 def _count_all(rng: np.random.Generator, digits: Digits) -> tuple[str, str]:

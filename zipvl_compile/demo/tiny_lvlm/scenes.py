@@ -1,9 +1,8 @@
 """Scenes: a few coloured handwritten digits on a noisy canvas.
 
-A canvas is ``GRID`` x ``GRID`` cells of ``CELL`` x ``CELL`` pixels.  Every digit fills one cell, and a cell
-is exactly one patch of the vision tower, so that a scene costs ``GRID * GRID`` image tokens of which only
-a handful matter.  The digits are the real ones of scikit-learn's ``load_digits``; a fixed fifth of them
-is held out from training.
+Every digit fills one cell of a canvas, and a cell is exactly one patch of the vision tower, so that a
+scene costs as many image tokens as the canvas has cells, of which only a handful matter.  The digits
+are the real ones of scikit-learn's ``load_digits``; a fixed fifth of them is held out from training.
 """
 
 from dataclasses import dataclass
@@ -12,10 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-GRID = 16
-CELL = 8
-IMAGE_SIZE = GRID * CELL
-IMAGE_TOKENS = GRID * GRID
+from zipvl_compile.demo.tiny_lvlm.canvas import CELL, SMALL, Canvas
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.1, 0.1),
@@ -51,10 +47,11 @@ class PlacedDigit:
 
 @dataclass(frozen=True)
 class Scene:
-    """``image``: uint8 array (IMAGE_SIZE, IMAGE_SIZE, 3); ``digits``: what is on it, in reading order."""
+    """``image``: uint8 array (size, size, 3); ``digits``: what is on it, in reading order."""
 
     image: np.ndarray
     digits: tuple[PlacedDigit, ...]
+    canvas: Canvas = SMALL
 
 
 @dataclass(frozen=True)
@@ -91,36 +88,37 @@ def draw_scene(
     split: Split = "train",
     min_digits: int = MIN_DIGITS,
     max_digits: int = MAX_DIGITS,
+    canvas: Canvas = SMALL,
 ) -> Scene:
     """Draw one scene with ``min_digits`` to ``max_digits`` digits in distinct cells.
 
     Colours are distinct as long as there are enough of them; beyond that they repeat.
     """
-    pool = digit_pool(split)
+    pool, grid = digit_pool(split), canvas.grid
     count = int(rng.integers(min_digits, max_digits + 1))
-    cells = rng.permutation(IMAGE_TOKENS)[:count]
+    cells = rng.permutation(canvas.tokens)[:count]
     colours = np.concatenate([rng.permutation(len(COLOUR_NAMES)) for _ in range(-(-count // len(COLOUR_NAMES)))])[
         :count
     ]
     picks = rng.integers(len(pool.labels), size=count)
 
-    ink = np.zeros((GRID, GRID, CELL, CELL, 1), np.float32)
-    paint = np.zeros((GRID, GRID, 1, 1, 3), np.float32)
-    rows, columns = cells // GRID, cells % GRID
+    ink = np.zeros((grid, grid, CELL, CELL, 1), np.float32)
+    paint = np.zeros((grid, grid, 1, 1, 3), np.float32)
+    rows, columns = cells // grid, cells % grid
     ink[rows, columns] = pool.images[picks][..., None]
     paint[rows, columns] = _PALETTE[colours][:, None, None]
 
     background = rng.uniform(*BACKGROUND, size=3).astype(np.float32)
-    canvas = ink * paint + (1 - ink) * background
-    canvas = canvas.transpose(0, 2, 1, 3, 4).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
-    canvas = canvas + NOISE * rng.standard_normal(canvas.shape, dtype=np.float32)
+    pixels = ink * paint + (1 - ink) * background
+    pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(canvas.size, canvas.size, 3)
+    pixels = pixels + NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)
     # The processor sees 8-bit pictures, so training must see the same rounding.
-    image = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
+    image = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     digits = (
         PlacedDigit(int(row), int(column), int(pool.labels[pick]), COLOUR_NAMES[colour])
         for row, column, pick, colour in zip(rows, columns, picks, colours, strict=True)
     )
-    return Scene(image, tuple(sorted(digits)))
+    return Scene(image, tuple(sorted(digits)), canvas)
 
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)

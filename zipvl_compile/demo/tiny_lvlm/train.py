@@ -1,6 +1,6 @@
 """Train the tiny LVLM: ``python -m zipvl_compile.demo.tiny_lvlm.train --out DIR``.
 
-Four stages, about 70 minutes on one CPU core:
+Four stages, for the small canvas about 70 minutes on one CPU core:
 
 * ``align``: vision tower and projector alone.  Every patch must say its digit, colour, row and column
   in the (random, fixed) word embeddings of the language model.  Without this stage the language model
@@ -9,8 +9,9 @@ Four stages, about 70 minutes on one CPU core:
   number of random background patches, at their true positions.  Questions are cheap here, and the
   model learns not to mind absent background.
 * ``full``: everything, half of the steps on whole images and half on images with a random number of
-  background patches left out.
-* ``polish``: the same again at a smaller rate, with more of the questions that are still weak.
+  background patches left out.  Of the large canvas the sequences grow here to a thousand patches.
+* ``polish``: the same again at a smaller rate, with more of the questions that are still weak; of the
+  large canvas, half of the steps on whole images.
 
 In all question stages the word that a question turns on ("red" in "what digit is red ?") is asked for
 the answer too; without that hint it takes far longer until the last word of the prompt learns to look
@@ -26,7 +27,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,17 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import LlavaForConditionalGeneration
 
 from zipvl_compile.demo.tiny_lvlm.build import build_model, build_processor
+from zipvl_compile.demo.tiny_lvlm.canvas import SMALL
 from zipvl_compile.demo.tiny_lvlm.evaluate import accuracy_per_kind, questions_for_demo, summary
-from zipvl_compile.demo.tiny_lvlm.stages import STAGES, Recipe
+from zipvl_compile.demo.tiny_lvlm.recipe import RECIPES, Recipe
+from zipvl_compile.demo.tiny_lvlm.stages import STAGES
 
 console = Console()
 
 
 def train(out: Path, recipe: Recipe, resume: bool = False) -> None:
     """Run all stages, evaluate on held-out digits with ``generate``, write the checkpoint to ``out``."""
-    model = build_model(recipe.seed)
+    model = build_model(recipe.seed, recipe.canvas)
     minutes: dict[str, float] = {}
     for name, stage in STAGES.items():
         folder = out / "stages" / name
@@ -65,9 +68,11 @@ def train(out: Path, recipe: Recipe, resume: bool = False) -> None:
 def save(model: LlavaForConditionalGeneration, out: Path, recipe: Recipe, minutes: dict[str, float]) -> None:
     """Write weights, processor and ``training.json`` with the held-out accuracy to ``out``."""
     model.eval().save_pretrained(out)
-    processor = build_processor()
+    processor = build_processor(recipe.canvas)
     processor.save_pretrained(out)
-    accuracy = summary(accuracy_per_kind(model, processor, questions_for_demo(1800, seed=999)))
+    count = 1800 if recipe.canvas == SMALL else 360
+    questions = questions_for_demo(count, seed=999, canvas=recipe.canvas)
+    accuracy = summary(accuracy_per_kind(model, processor, questions, 32 if recipe.canvas == SMALL else 4))
     record = {
         "recipe": asdict(recipe),
         "minutes_per_stage": minutes,
@@ -100,12 +105,13 @@ def _run_stage(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--canvas", choices=RECIPES, default=SMALL.name)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--resume", action="store_true", help="skip the stages already finished under --out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.out, Recipe(seed=options.seed), options.resume)
+    train(options.out, replace(RECIPES[options.canvas], seed=options.seed), options.resume)
 
 
 if __name__ == "__main__":

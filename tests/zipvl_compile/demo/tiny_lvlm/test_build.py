@@ -9,14 +9,15 @@ pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-l
 
 from zipvl_compile.demo.tiny_lvlm.batches import pixel_values
 from zipvl_compile.demo.tiny_lvlm.build import (
-    WORD_ID,
     build_config,
     build_model,
     build_processor,
     build_tokenizer,
     normalise,
+    word_ids,
 )
-from zipvl_compile.demo.tiny_lvlm.questions import BOS, UNKNOWN, VOCABULARY
+from zipvl_compile.demo.tiny_lvlm.canvas import CANVASES, LARGE, SMALL
+from zipvl_compile.demo.tiny_lvlm.questions import BOS, UNKNOWN, vocabulary
 from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
 
 
@@ -44,11 +45,22 @@ def test_the_first_query_head_of_a_group_starts_as_its_key_head():
     assert torch.equal(queries[:, 0], keys) and not torch.equal(queries[:, 1], keys)
 
 
-def test_every_word_is_one_token():
-    tokenizer = build_tokenizer()
-    ids = tokenizer(" ".join(VOCABULARY), add_special_tokens=False)["input_ids"]
-    assert ids == [WORD_ID[word] for word in VOCABULARY]
-    assert tokenizer("read xyzzy")["input_ids"] == [WORD_ID[word] for word in (BOS, "read", UNKNOWN)]
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES)
+def test_every_word_is_one_token(canvas):
+    tokenizer, words = build_tokenizer(canvas), word_ids(canvas)
+    ids = tokenizer(" ".join(vocabulary(canvas)), add_special_tokens=False)["input_ids"]
+    assert ids == list(words.values()) == list(range(len(words)))
+    assert tokenizer("read xyzzy")["input_ids"] == [words[word] for word in (BOS, "read", UNKNOWN)]
+
+
+def test_a_large_canvas_has_as_many_tokens_as_cells():
+    config, processor = build_config(LARGE), build_processor(LARGE)
+    picture = Image.fromarray(draw_scene(np.random.default_rng(0), canvas=LARGE).image)
+    inputs = processor(images=[picture], text=["<image> read all digits :"], return_tensors="pt")
+    assert (inputs["input_ids"] == config.image_token_index).sum() == config.image_seq_length == LARGE.tokens == 4096
+    assert inputs["pixel_values"].shape[-2:] == (LARGE.size, LARGE.size)
+    parameters = sum(weight.numel() for weight in build_model(0, LARGE).parameters())
+    assert parameters * 4 < 10e6 and build_config(SMALL).image_seq_length == 256
 
 
 def test_pixels_are_centred():

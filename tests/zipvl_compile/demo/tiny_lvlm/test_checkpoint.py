@@ -8,10 +8,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-learn")
 
 from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
-from zipvl_compile.demo.tiny_lvlm.build import WORD_ID
+from zipvl_compile.demo.tiny_lvlm.build import word_ids
+from zipvl_compile.demo.tiny_lvlm.canvas import SMALL
 from zipvl_compile.demo.tiny_lvlm.evaluate import exact_match, questions_for_demo
 from zipvl_compile.demo.tiny_lvlm.questions import EOS
-from zipvl_compile.demo.tiny_lvlm.scenes import IMAGE_TOKENS
 
 
 def test_checkpoint_loads_without_warnings(capfd):
@@ -26,15 +26,15 @@ def test_checkpoint_loads_without_warnings(capfd):
     assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert model.config.text_config.num_key_value_heads < model.config.text_config.num_attention_heads
     assert not model.generation_config.do_sample
-    assert model.generation_config.eos_token_id == WORD_ID[EOS]
+    assert model.generation_config.eos_token_id == word_ids(SMALL)[EOS]
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 10e6
 
 
 def test_processor_expands_the_image(processor):
     question = next(questions_for_demo(1, seed=0))
     inputs = processor(images=question.image, text=question.prompt, return_tensors="pt")
-    assert (inputs["input_ids"] == WORD_ID["<image>"]).sum() == IMAGE_TOKENS >= 256
-    assert inputs["input_ids"][0, 0] == WORD_ID["<bos>"]
+    assert (inputs["input_ids"] == word_ids(SMALL)["<image>"]).sum() == SMALL.tokens >= 256
+    assert inputs["input_ids"][0, 0] == word_ids(SMALL)["<bos>"]
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
     assert processor.decode(inputs["input_ids"][0], skip_special_tokens=True) == question.prompt.removeprefix(
         "<image> "
@@ -45,7 +45,7 @@ def test_readme_example(model, processor):
     question = next(questions_for_demo(1, seed=0, kinds=["colour_to_digit"]))
     inputs = processor(images=question.image, text=question.prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8)
-    assert output[0, -1] == WORD_ID[EOS]
+    assert output[0, -1] == word_ids(SMALL)[EOS]
     assert exact_match(
         processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), question.answer
     )

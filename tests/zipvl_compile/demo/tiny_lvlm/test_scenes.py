@@ -6,12 +6,10 @@ import pytest
 pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-learn")
 
 import zipvl_compile.demo.tiny_lvlm.scenes as scenes_module
+from zipvl_compile.demo.tiny_lvlm.canvas import CANVASES, CELL, SMALL
 from zipvl_compile.demo.tiny_lvlm.scenes import (
-    CELL,
     COLOUR_NAMES,
     COLOURS,
-    GRID,
-    IMAGE_SIZE,
     MAX_DIGITS,
     MIN_DIGITS,
     draw_scene,
@@ -34,20 +32,22 @@ def test_splits_share_no_picture():
     assert not train & held_out
 
 
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES)
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_scene_shows_what_it_lists(split, monkeypatch):
+def test_scene_shows_what_it_lists(split, canvas, monkeypatch):
     monkeypatch.setattr(scenes_module, "NOISE", 0.0)
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        scene = draw_scene(rng, split)
-        assert scene.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and scene.image.dtype == np.uint8
+    grid = canvas.grid
+    for _ in range(50 if canvas == SMALL else 3):
+        scene = draw_scene(rng, split, canvas=canvas)
+        assert scene.image.shape == (canvas.size, canvas.size, 3) and scene.image.dtype == np.uint8
         assert MIN_DIGITS <= len(scene.digits) <= MAX_DIGITS
         assert list(scene.digits) == sorted(scene.digits)
         places = {(one.row, one.column) for one in scene.digits}
         assert len({one.colour for one in scene.digits}) == len(places) == len(scene.digits)
 
-        cells = scene.image.reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2) / 255
-        background = cells[next(place for place in np.ndindex(GRID, GRID) if place not in places)][0, 0]
+        cells = scene.image.reshape(grid, CELL, grid, CELL, 3).swapaxes(1, 2) / 255
+        background = cells[next(place for place in np.ndindex(grid, grid) if place not in places)][0, 0]
         difference = cells - background
         assert set(zip(*np.nonzero(np.abs(difference).max(axis=(2, 3, 4)) > 0.02), strict=True)) == places
         for one in scene.digits:

@@ -1,6 +1,7 @@
 """Training from the first stage to the checkpoint, with a step or two a stage, and taking it up again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-l
 
 from zipvl_compile.demo.tiny_lvlm import train as module
 from zipvl_compile.demo.tiny_lvlm.questions import KINDS
-from zipvl_compile.demo.tiny_lvlm.stages import STAGES, Recipe
+from zipvl_compile.demo.tiny_lvlm.recipe import RECIPES, Recipe
+from zipvl_compile.demo.tiny_lvlm.stages import STAGES
 from zipvl_compile.demo.tiny_lvlm.train import train
 
 SHORT = Recipe(
@@ -23,7 +25,7 @@ SHORT = Recipe(
 @pytest.fixture
 def few_questions(monkeypatch):
     ask = module.questions_for_demo
-    monkeypatch.setattr(module, "questions_for_demo", lambda count, seed: ask(len(KINDS), seed))
+    monkeypatch.setattr(module, "questions_for_demo", lambda count, seed, canvas: ask(len(KINDS), seed, canvas=canvas))
 
 
 def test_every_stage_runs_once_and_its_result_is_a_checkpoint(tmp_path, few_questions, monkeypatch):
@@ -41,3 +43,12 @@ def test_every_stage_runs_once_and_its_result_is_a_checkpoint(tmp_path, few_ques
     train(tmp_path, SHORT, resume=True)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_command_takes_the_recipe_of_a_canvas(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "train", lambda *given: asked.append(given))
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--canvas", "large", "--seed", "3", "--resume"])
+    module.main()
+    assert asked == [(tmp_path, replace(RECIPES["large"], seed=3), True)]
+    assert asked[0][1].canvas.tokens == 4096
