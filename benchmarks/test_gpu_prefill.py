@@ -3,6 +3,7 @@
     dense           the model as transformers compiles it: with its mask in memory, since it was given an attention mask
     dense causal    without that mask, by the causal flag of scaled_dot_product_attention: the fastest dense prefill
     zipvl           sparse
+    skipped layers  tokens pass the layers that do not keep them, all but the first two
     zipvl exact     every layer left dense, by zipvl: no mask where the attention mask hides nothing
 
 Weights are random; `keep_ratio` is what the paper keeps. `make gpu` runs it.
@@ -28,7 +29,9 @@ from transformers import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-LENGTHS = [4096, 16384, 32768, 65536]
+LENGTHS = [576, 2880, 4096, 8192, 16384, 32768, 65536]
+DENSE_LAYERS = 2  # of those where tokens pass the layers that do not keep them
+SKIPPING = {"policy": "skip_layers", "dense_layers": DENSE_LAYERS, "keep_ratio": KEEP_RATIO}
 SIZES = {"8 layers of 13B": 8, "13B": 40}
 
 
@@ -93,6 +96,7 @@ def models(request):
             "balanced": torch.compile(
                 model, backend="zipvl", options={"policy": "union", "keep_ratio": 0.55, "min_tokens": 0}, dynamic=True
             ),
+            "skipped layers": torch.compile(model, backend="zipvl", options=SKIPPING | {"min_tokens": 0}, dynamic=True),
             "zipvl exact": torch.compile(model, backend="zipvl", options={"min_tokens": 1 << 40}, dynamic=True),
         },
     )
@@ -107,7 +111,7 @@ def test_prefill(models, n):
         expected = run["dense"]()
         for name in ("dense causal", "zipvl exact"):
             assert F.cosine_similarity(run[name]().float().flatten(), expected.float().flatten(), 0) > 0.99
-        assert all(run[name]().isfinite().all() for name in ("zipvl", "balanced"))
+        assert all(run[name]().isfinite().all() for name in ("zipvl", "balanced", "skipped layers"))
         times = interleaved(run, rounds=5, warm_up=1)
     except torch.OutOfMemoryError:
         pytest.skip(f"{size} at {n} tokens needs more memory than this GPU has")
@@ -118,6 +122,8 @@ def test_prefill(models, n):
            zipvl=(times["zipvl"] * 1e3, "ms"), speedup_over_dense=(times["dense"] / times["zipvl"], "x"),
            speedup=(speedup, "x"), bound=(bound, "x"), speedup_over_bound=(speedup / bound, "fraction"),
            balanced=(times["balanced"] * 1e3, "ms"), balanced_speedup=(times["dense causal"] / times["balanced"], "x"),
+           skipped_layers=(times["skipped layers"] * 1e3, "ms"),
+           skipped_layers_speedup=(times["dense causal"] / times["skipped layers"], "x"),
            exact=(times["zipvl exact"] * 1e3, "ms"),
            exact_over_dense=(times["dense"] / times["zipvl exact"], "x"))  # fmt: skip
 
