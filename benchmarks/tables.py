@@ -146,6 +146,20 @@ def frontier() -> str:
     return "\n".join([*table, "", f"{'; '.join(cases.values())}. {source(rows)}"])
 
 
+def rules() -> str:
+    """Return the speedup of prefill by each rule, with the bound that its own FLOPs allow."""
+    rows = latest("rules")
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for (_, case, variant), metrics in rows.items():
+        m = {name: line["value"] for name, line in metrics.items()}
+        found[case.rsplit(", ", 1)[1]][variant] = f"{m['speedup']:.2f}x of {m['bound']:.2f}x"
+    names = list(next(iter(found.values())))
+    table = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    table += ["| " + " | ".join([n, *(of.get(name, "") for name in names)]) + " |" for n, of in found.items()]
+    said = "Over Inductor, and what its own FLOPs allow"
+    return "\n".join([*table, "", f"{said}. {next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
+
+
 def _loss(m: dict[str, float], name: str) -> str:
     """Return how much a negative log-likelihood is above that of the dense model, in nats."""
     if f"{name}_minus_dense" not in m:
@@ -209,7 +223,7 @@ def render(text: str) -> str:
     """Return the README with its tables replaced."""
     for name, table in (
         ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
-        ("gpu", gpu),
+        ("gpu", gpu), ("rules", rules),
     ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
