@@ -51,6 +51,7 @@ from zipvl_compile.passes.prefill.refusals import (
     refusal,
     shape_of,
     too_short,
+    with_counted_layers,
 )
 from zipvl_compile.passes.prefill.selection import Kept, Selection, compact, fits, keeps_all, select
 from zipvl_compile.passes.settings import Settings
@@ -89,18 +90,13 @@ def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Se
 
 
 def reason_to_stay(
-    site: Site,
-    owner: tuple[Attention, Kept] | None,
-    first: bool,
-    numbers: tuple[int, ...],
-    row: int,
-    settings: Settings,
+    site: Site, owner: tuple[Attention, Kept] | None, first: bool, number: int, settings: Settings
 ) -> Reason | None:
     """Return why a site stays dense, or None; `owner` selected for its layer, unless it is the `first` itself."""
     assert site.layer is not None
     if not first:
         return FIRST_IS_DENSE if owner is None else reader_refusal(site.attention, owner[0])
-    if (alone := left_alone(numbers[row], settings, max(numbers) + 1)) is not None:
+    if (alone := left_alone(number, settings)) is not None:
         return alone
     # Only where all else allows it: what it costs is measured, and the prompt's length becomes a guard.
     return refusal(site.attention, site.layer) or too_short(site.attention, site.shape, settings)  # type: ignore[arg-type]
@@ -120,6 +116,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         settings = dataclasses.replace(settings, unselected="all", kept_window=windows)
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
     numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
+    settings = with_counted_layers(settings, numbers)
     shared: Selection | None = None
     for row, site in enumerate(sites.prefill):
         assert site.layer is not None
@@ -127,7 +124,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         try:
             site.mask = sites.masks.form(site.attention)
             site.shape = shape_of(site.attention, site.mask, settings)
-            site.reason = reason_to_stay(site, owner, first, numbers, row, settings)
+            site.reason = reason_to_stay(site, owner, first, numbers[row], settings)
             if site.reason is None:
                 with undone_on_error(graph):
                     attention = dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -106,20 +107,22 @@ def number_of(name: str, place: int) -> int:
     return int(number[1]) if number else place
 
 
-def left_alone(number: int, settings: Settings, layers: int) -> Reason | None:
-    """Return that a layer is one of those that keep every token, or None.
+def left_alone(number: int, settings: Settings) -> Reason | None:
+    """Return that a layer is one of those that keep every token, or None."""
+    dense = settings.dense_layers
+    if number not in (dense if isinstance(dense, tuple) else range(int(dense))):
+        return None
+    which = "the layers" if isinstance(dense, tuple) else "the first layers"
+    return Reason(Why.DENSE_LAYER, f"one of {which} that keep every token: dense_layers={dense}")
 
-    Args:
-        number: of the layer.
-        settings: with `dense_layers`.
-        layers: how many the model has, as far as the graph shows.
+
+def with_counted_layers(settings: Settings, numbers: tuple[int, ...]) -> Settings:
+    """Return settings whose `dense_layers` is no fraction; `numbers` are those of the layers of a graph.
+
+    After graph breaks between its layers a graph holds few of them, and the frames that call it know how many there are.
     """
     dense = settings.dense_layers
-    if isinstance(dense, tuple):
-        which, alone = "the layers", number in dense
-    else:
-        first = math.ceil(round(dense * layers, 9)) if isinstance(dense, float) else dense
-        which, alone = f"the first {first} layers", number < first
-    if not alone:
-        return None
-    return Reason(Why.DENSE_LAYER, f"one of {which} that keep every token: dense_layers={dense}")
+    if not isinstance(dense, float):
+        return settings
+    layers = max(settings.decoder_layers() or 0, max(numbers, default=-1) + 1)
+    return dataclasses.replace(settings, dense_layers=math.ceil(round(dense * layers, 9)))

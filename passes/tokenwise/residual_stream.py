@@ -179,7 +179,7 @@ def _check_others(end: Node, entry: Node, region: dict[Node, Axes]) -> None:
     What a model computes once for all layers reaches every token, those that pass the layer, too.
     """
     for node, axes in region.items():
-        if node > end or len(region) < 2 or not read_by_value(node) or region.keys().isdisjoint(node.all_input_nodes):
+        if node > end or region.keys().isdisjoint(node.all_input_nodes):  # the attention itself is above the rest
             continue
         others = [x for x in carried(node, axes.token) if x not in region]
         if not all(_comes_from(x, entry) for x in others):
