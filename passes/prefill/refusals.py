@@ -119,7 +119,7 @@ def left_alone(number: int, settings: Settings) -> Reason | None:
 def with_counted_layers(settings: Settings, numbers: tuple[int, ...]) -> Settings:
     """Return settings whose `dense_layers` is no fraction; `numbers` are those of the layers of a graph.
 
-    After graph breaks between its layers a graph holds few of them, and the frames that call it know how many there are.
+    After graph breaks between its layers a graph holds few of them, and the frames that call it know how many it has.
     """
     dense = settings.dense_layers
     if not isinstance(dense, float):
