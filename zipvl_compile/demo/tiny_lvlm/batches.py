@@ -8,7 +8,7 @@ import torch
 
 from zipvl_compile.demo.tiny_lvlm.build import normalise, word_ids
 from zipvl_compile.demo.tiny_lvlm.questions import EOS, KINDS, PAD, ask, hints
-from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, Scene
+from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, Layout, Scene, draw_patches
 
 IGNORED = -100
 NO_DIGIT = 10
@@ -20,7 +20,13 @@ def pixel_values(scenes: Sequence[Scene]) -> torch.Tensor:
     return normalise(torch.from_numpy(np.stack([scene.image for scene in scenes])))
 
 
-def patch_labels(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+def patch_values(rng: np.random.Generator, layouts: Sequence[Layout], kept: torch.Tensor) -> torch.Tensor:
+    """Float32 (batch, n, 3, CELL, CELL), drawn and normalised: the patches ``kept``, (batch, n), of each scene."""
+    drawn = [draw_patches(rng, layout, patches) for layout, patches in zip(layouts, kept.numpy(), strict=True)]
+    return normalise(torch.from_numpy(np.stack(drawn)))
+
+
+def patch_labels(scenes: Sequence[Scene | Layout]) -> tuple[torch.Tensor, torch.Tensor]:
     """Digit and colour numbers, int64 (batch, patches); NO_DIGIT and NO_COLOUR on the background."""
     canvas = scenes[0].canvas
     digits = torch.full((len(scenes), canvas.tokens), NO_DIGIT)
@@ -32,7 +38,7 @@ def patch_labels(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
     return digits, colours
 
 
-def kept_patches(rng: np.random.Generator, scenes: Sequence[Scene], count: int) -> torch.Tensor:
+def kept_patches(rng: np.random.Generator, scenes: Sequence[Scene | Layout], count: int) -> torch.Tensor:
     """Every patch with a digit and random others: ascending patch numbers, int64 (batch, count)."""
     digits, _ = patch_labels(scenes)
     rank = torch.from_numpy(rng.random(digits.shape)) + 10 * (digits != NO_DIGIT)
@@ -57,7 +63,7 @@ class PackedQuestions:
 
 def pack_questions(
     rng: np.random.Generator,
-    scenes: Sequence[Scene],
+    scenes: Sequence[Scene | Layout],
     per_image: int,
     weights: Mapping[str, float],
     with_hints: bool = False,

@@ -14,9 +14,9 @@ class Recipe:
     """What the stages of ``train`` do, for one canvas.
 
     Steps, images a batch and rates of each stage, and how many patches of a picture are in the sequence: from the
-    first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``.  Where
-    ``vision_sees_all`` is false, the vision tower sees those patches only, too.  Of ``full_whole`` of the steps of
-    ``full`` and ``polish``, all patches are.
+    first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``, but for
+    ``full_whole`` and ``polish_whole`` of the steps, where all of them are.  Where ``vision_sees_all`` is false, only
+    those patches are drawn, and the vision tower sees no others.
     """
 
     canvas_name: str = SMALL.name
@@ -70,11 +70,11 @@ LARGE_RECIPE = Recipe(
     canvas_name=LARGE.name,
     align_patches=256,
     compact_steps=3000,
-    full_steps=1000,
-    full_batch=8,
+    full_steps=600,
+    full_batch=4,
     full_patches=(64, 1024),
     full_whole=0.0,
-    polish_steps=240,
+    polish_steps=200,
     polish_batch=2,
     polish_lr=5e-4,
     polish_patches=(1024, LARGE.tokens),

@@ -46,6 +46,22 @@ class PlacedDigit:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What is on a picture, before it is drawn; ``digits`` in reading order.
+
+    ``ink``: float32 (digits, CELL, CELL, 3), opacity and colour in one; ``opacity``: float32 (digits, CELL, CELL, 1);
+    ``background``: float32 (3,).  Both follow the order of ``cells``, int64 (digits,).
+    """
+
+    canvas: Canvas
+    digits: tuple[PlacedDigit, ...]
+    cells: np.ndarray
+    ink: np.ndarray
+    opacity: np.ndarray
+    background: np.ndarray
+
+
+@dataclass(frozen=True)
 class Scene:
     """``image``: uint8 array (size, size, 3); ``digits``: what is on it, in reading order."""
 
@@ -94,6 +110,14 @@ def draw_scene(
 
     Colours are distinct as long as there are enough of them; beyond that they repeat.
     """
+    layout, grid = draw_layout(rng, split, min_digits, max_digits, canvas), canvas.grid
+    cells = _cells(layout, np.arange(canvas.tokens)).reshape(grid, grid, CELL, CELL, 3)
+    pixels = cells.transpose(0, 2, 1, 3, 4).reshape(canvas.size, canvas.size, 3)
+    return Scene(_as_bytes(pixels, rng), layout.digits, canvas)
+
+
+def draw_layout(rng: np.random.Generator, split: Split, min_digits: int, max_digits: int, canvas: Canvas) -> Layout:
+    """Draw what is on a scene, as ``draw_scene`` does, and not its pixels."""
     pool, grid = digit_pool(split), canvas.grid
     count = int(rng.integers(min_digits, max_digits + 1))
     cells = rng.permutation(canvas.tokens)[:count]
@@ -101,24 +125,36 @@ def draw_scene(
         :count
     ]
     picks = rng.integers(len(pool.labels), size=count)
-
-    ink = np.zeros((grid, grid, CELL, CELL, 1), np.float32)
-    paint = np.zeros((grid, grid, 1, 1, 3), np.float32)
-    rows, columns = cells // grid, cells % grid
-    ink[rows, columns] = pool.images[picks][..., None]
-    paint[rows, columns] = _PALETTE[colours][:, None, None]
-
-    background = rng.uniform(*BACKGROUND, size=3).astype(np.float32)
-    pixels = ink * paint + (1 - ink) * background
-    pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(canvas.size, canvas.size, 3)
-    pixels = pixels + NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)
-    # The processor sees 8-bit pictures, so training must see the same rounding.
-    image = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    opacity = pool.images[picks][..., None]
     digits = (
-        PlacedDigit(int(row), int(column), int(pool.labels[pick]), COLOUR_NAMES[colour])
-        for row, column, pick, colour in zip(rows, columns, picks, colours, strict=True)
+        PlacedDigit(int(cell // grid), int(cell % grid), int(pool.labels[pick]), COLOUR_NAMES[colour])
+        for cell, pick, colour in zip(cells, picks, colours, strict=True)
     )
-    return Scene(image, tuple(sorted(digits)), canvas)
+    background = rng.uniform(*BACKGROUND, size=3).astype(np.float32)
+    ink = opacity * _PALETTE[colours][:, None, None]
+    return Layout(canvas, tuple(sorted(digits)), cells, ink, opacity, background)
+
+
+def draw_patches(rng: np.random.Generator, layout: Layout, patches: np.ndarray) -> np.ndarray:
+    """Draw some patches of a scene only: uint8 (n, CELL, CELL, 3), for patch numbers (n,)."""
+    return _as_bytes(_cells(layout, patches), rng)
+
+
+def _cells(layout: Layout, patches: np.ndarray) -> np.ndarray:
+    """The cells of some patches without noise, float32 (n, CELL, CELL, 3)."""
+    of_digit = np.full(layout.canvas.tokens, -1)
+    of_digit[layout.cells] = np.arange(len(layout.cells))
+    cells = np.broadcast_to(layout.background, (len(patches), CELL, CELL, 3)).copy()
+    there = np.flatnonzero(of_digit[patches] >= 0)
+    which = of_digit[patches[there]]
+    cells[there] = layout.ink[which] + (1 - layout.opacity[which]) * layout.background
+    return cells
+
+
+def _as_bytes(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pixels with noise, rounded: the processor sees 8-bit pictures, so training must see the same."""
+    pixels = pixels + NOISE * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
 
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +17,46 @@ from zipvl_compile.demo.tiny_lvlm.batches import (
     pack_questions,
     packed_mask,
     patch_labels,
+    patch_values,
     pixel_values,
 )
 from zipvl_compile.demo.tiny_lvlm.build import word_ids
 from zipvl_compile.demo.tiny_lvlm.questions import DIGIT_WORDS, EOS, KINDS, NOTHING
 from zipvl_compile.demo.tiny_lvlm.recipe import Recipe
-from zipvl_compile.demo.tiny_lvlm.scenes import COLOUR_NAMES, MAX_DIGITS, MIN_DIGITS, Scene, Split, draw_scene
+from zipvl_compile.demo.tiny_lvlm.scenes import (
+    COLOUR_NAMES,
+    MAX_DIGITS,
+    MIN_DIGITS,
+    Layout,
+    Scene,
+    Split,
+    draw_layout,
+    draw_scene,
+)
 
 
-def patch_features(
-    model: LlavaForConditionalGeneration, pixels: torch.Tensor, kept: torch.Tensor, sees_all: bool = True
-) -> torch.Tensor:
+def patch_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Image tokens as the language model gets them: float32 (batch, n, hidden).
 
-    kept: which patches, (batch, n), ascending.  sees_all: the vision tower sees the others, too.
+    pixels: of whole pictures, (batch, 3, height, width), all of which the vision tower sees; or of the kept patches
+    alone, (batch, n, 3, CELL, CELL).  kept: which patches, (batch, n), ascending.
     """
     tower = model.model.vision_tower
-    if sees_all:
-        seen = _rows(tower(pixels).last_hidden_state[:, 1:], kept)
+    if pixels.dim() == 4:
+        every = tower(pixels).last_hidden_state[:, 1:]
+        seen = every.gather(1, kept[:, :, None].expand(-1, -1, every.shape[-1]))
     else:
-        patches = tower.embeddings(pixels)
-        patches = torch.cat([patches[:, :1], _rows(patches[:, 1:], kept)], dim=1)
+        embeddings = tower.embeddings
+        weight = embeddings.patch_embedding.weight  # of a convolution that takes each patch once
+        patches = F.linear(pixels.flatten(2), weight.flatten(1)) + embeddings.position_embedding(1 + kept)
+        first = embeddings.class_embedding + embeddings.position_embedding.weight[0]
+        patches = torch.cat([first.expand(len(kept), 1, -1), patches], dim=1)
         seen = tower.encoder(inputs_embeds=tower.pre_layrnorm(patches)).last_hidden_state[:, 1:]
     return model.model.multi_modal_projector(seen)
 
 
-def _rows(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[-1]))
+def _pictures(recipe: Recipe, rng: np.random.Generator, scenes: list, kept: torch.Tensor) -> torch.Tensor:
+    return pixel_values(scenes) if recipe.vision_sees_all else patch_values(rng, scenes, kept)
 
 
 def answer_logits(
@@ -90,7 +104,7 @@ def align(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[str 
         targets = {"digit": digits, "colour": colours, "row": kept // canvas.grid, "column": kept % canvas.grid}
         # Background is nearly everywhere and easy: it must not drown the digits.
         weight = torch.where(digits == NO_DIGIT, 0.05, 1.0).flatten()
-        features = patch_features(model, pixel_values(scenes), kept, recipe.vision_sees_all)
+        features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
         loss = 1e-3 * features.square().mean()
         for name, target in targets.items():
             logits = features @ codes[name].T
@@ -115,7 +129,7 @@ def compact(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[st
         kept = kept_patches(rng, scenes, fewest + int((most - fewest) * spread))
         packed = pack_questions(rng, scenes, recipe.questions_per_image, recipe.question_weights, with_hints=True)
         with torch.no_grad():
-            features = patch_features(model, pixel_values(scenes), kept, recipe.vision_sees_all)
+            features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
         line = _answer_step(model, optimizer, features, kept, packed)
         reports = _is_report(step, steps, every=250)
         yield f"{line}, {_packed_accuracy(model, recipe, kept.shape[1])}" if reports else None
@@ -159,7 +173,7 @@ def _whole_model(
         of_all = int((step + 1) * whole) > int(step * whole)
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))
         packed = pack_questions(rng, scenes, recipe.questions_per_image, weights, with_hints=True)
-        features = patch_features(model, pixel_values(scenes), kept, recipe.vision_sees_all)
+        features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
         line = _answer_step(model, optimizer, features, kept, packed)
         reports = _is_report(step, steps, every=min(250, max(steps // 4, 1)))
         yield f"{line}, {_packed_accuracy(model, recipe, patches[1])}" if reports else None
@@ -210,11 +224,13 @@ def _language_parameters(model: LlavaForConditionalGeneration) -> list[torch.nn.
 
 def _scenes(
     recipe: Recipe, rng: np.random.Generator, count: int, low: int, high: int, split: Split = "train"
-) -> list[Scene]:
-    return [draw_scene(rng, split, low, high, recipe.canvas) for _ in range(count)]
+) -> list[Any]:
+    """Scenes, or only their layouts where patches are drawn one by one."""
+    draw: Callable[..., Scene | Layout] = draw_scene if recipe.vision_sees_all else draw_layout
+    return [draw(rng, split, low, high, recipe.canvas) for _ in range(count)]
 
 
-def _all_patches(scenes: list[Scene]) -> torch.Tensor:
+def _all_patches(scenes: list[Any]) -> torch.Tensor:
     return torch.arange(scenes[0].canvas.tokens).expand(len(scenes), -1)
 
 
@@ -230,7 +246,7 @@ def _patch_accuracy(model: LlavaForConditionalGeneration, recipe: Recipe, codes:
     kept = kept_patches(rng, scenes, recipe.align_patches or recipe.canvas.tokens)
     digits, colours = (labels.gather(1, kept) for labels in patch_labels(scenes))
     there = digits != NO_DIGIT
-    features = patch_features(model, pixel_values(scenes), kept, recipe.vision_sees_all)[there]
+    features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)[there]
     truths = {
         "digit": digits[there],
         "colour": colours[there],
@@ -257,7 +273,7 @@ def _packed_accuracy(model: LlavaForConditionalGeneration, recipe: Recipe, patch
         scenes = _scenes(recipe, rng, 16 if patches < 1024 else 2, MIN_DIGITS, MAX_DIGITS, recipe.report_split)
         kept = kept_patches(rng, scenes, patches)
         packed = pack_questions(rng, scenes, recipe.questions_per_image, dict.fromkeys(KINDS, 1.0))
-        features = patch_features(model, pixel_values(scenes), kept, recipe.vision_sees_all)
+        features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
         logits = answer_logits(model, features, kept, packed)
         labels, kinds = (values[packed.labels != IGNORED] for values in (packed.labels, packed.kind))
         words = labels != word_ids(recipe.canvas)[EOS]  # the end is too easy to count

@@ -12,6 +12,8 @@ from zipvl_compile.demo.tiny_lvlm.scenes import (
     COLOURS,
     MAX_DIGITS,
     MIN_DIGITS,
+    draw_layout,
+    draw_patches,
     draw_scene,
     split_indices,
 )
@@ -61,3 +63,19 @@ def test_scene_shows_what_it_lists(split, canvas, monkeypatch):
 def test_same_seed_same_scene():
     first, second = (draw_scene(np.random.default_rng(3), "held_out") for _ in range(2))
     assert first.digits == second.digits and (first.image == second.image).all()
+
+
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES)
+def test_patches_alone_are_those_of_the_scene(canvas, monkeypatch):
+    monkeypatch.setattr(scenes_module, "NOISE", 0.0)
+    scene = draw_scene(np.random.default_rng(5), "held_out", canvas=canvas)
+    rng = np.random.default_rng(5)
+    layout = draw_layout(rng, "held_out", MIN_DIGITS, MAX_DIGITS, canvas)
+    assert layout.digits == scene.digits and layout.canvas == scene.canvas
+    patches = np.sort(np.concatenate([layout.cells, [0, 1, canvas.tokens - 1]]))
+    grid = canvas.grid
+    cells = scene.image.reshape(grid, CELL, grid, CELL, 3).swapaxes(1, 2).reshape(-1, CELL, CELL, 3)
+    assert (draw_patches(rng, layout, patches) == cells[patches]).all()
+    monkeypatch.setattr(scenes_module, "NOISE", 0.08)
+    noise = draw_patches(rng, layout, np.arange(200)) / 255 - draw_patches(rng, layout, np.arange(200)) / 255
+    assert 0.1 < noise.std() < 0.125, "twice the variance"

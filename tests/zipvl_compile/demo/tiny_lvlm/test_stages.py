@@ -10,7 +10,7 @@ pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-l
 
 from zipvl_compile.demo.tiny_lvlm.batches import IGNORED, pack_questions, packed_mask, pixel_values
 from zipvl_compile.demo.tiny_lvlm.build import build_model, word_ids
-from zipvl_compile.demo.tiny_lvlm.canvas import LARGE, SMALL
+from zipvl_compile.demo.tiny_lvlm.canvas import CELL, LARGE, SMALL
 from zipvl_compile.demo.tiny_lvlm.questions import EOS, KINDS
 from zipvl_compile.demo.tiny_lvlm.recipe import LARGE_RECIPE, Recipe
 from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
@@ -56,12 +56,13 @@ def changed(model, before):
 def test_a_vision_tower_that_sees_all_it_is_asked_for_gives_what_it_gives():
     rng, model = np.random.default_rng(2), build_model(0, LARGE).eval()
     pixels, everything = pixel_values([draw_scene(rng, canvas=LARGE)]), torch.arange(LARGE.tokens)[None]
+    patches = pixels.unfold(2, CELL, CELL).unfold(3, CELL, CELL).flatten(2, 3).transpose(1, 2)
     few = everything[:, ::64]
     with torch.no_grad():
-        whole, same = (patch_features(model, pixels, everything, sees_all) for sees_all in (True, False))
+        whole, same = (patch_features(model, given, everything) for given in (pixels, patches))
         torch.testing.assert_close(whole, same, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(patch_features(model, pixels, few), whole[:, ::64])
-        assert not torch.allclose(patch_features(model, pixels, few, sees_all=False), whole[:, ::64], atol=1e-3)
+        assert not torch.allclose(patch_features(model, patches[:, ::64], few), whole[:, ::64], atol=1e-3)
 
 
 @pytest.mark.parametrize("canvas", SHORT)
