@@ -71,11 +71,12 @@ class PaperLlama:
 
     def prefill(self, x, mask):
         self.offset, self.prompt_length = 0, x.shape[1]
+        even = self.rule.pop("even", False)
         look = {"queries": self.rule.pop("queries", "selected"), "kept_window": self.rule.pop("kept_window", False)}
 
         def attend(i, q, k, v, mask):
             rows = probe_rows(q.shape[2], 64, 64, 0)
-            kept = paper.selection(*paper.scores(q, k, rows, mask=mask), **self.rule)
+            kept = paper.selection(*paper.scores(q, k, rows, mask=mask, even=even), **self.rule)
             self.cache.append([k, v, kept])
             return paper.attention(q, k, v, kept, mask=mask, **look)
 
@@ -102,7 +103,11 @@ CASES = {
     "tau_0.6": ({"tau": 0.6}, {}, {}),
     "ratio_0.3_recent_4": ({"keep_ratio": 0.3, "keep_recent": 4}, {}, {}),
     "all_queries": ({"tau": 0.7, "unselected": "all"}, {"queries": "all"}, {}),
-    "union": ({"policy": "union", "tau": 0.7}, {"queries": "all", "kept_window": True, "floor": 0.25}, {"text": 95}),
+    "union": (
+        {"policy": "union", "tau": 0.7},
+        {"queries": "all", "kept_window": True, "floor": 0.25, "even": True},
+        {"text": 95},
+    ),
     "long_prompt_with_random_probes": ({"tau": 0.7}, {}, {"text": 95}),
     "batch_left_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7}),
     "batch_right_padding": ({"tau": 0.8}, {}, {"batch": 2, "pad": 7, "side": "right"}),
