@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.results import environment
 
 RESULTS = Path(os.environ.get("ZIPVL_RESULTS", Path(__file__).parent / "results"))
 KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
+#: Tokens pass the layers that do not keep them, all but the first two.
+SKIPPING = {"policy": "skip_layers", "dense_layers": 2, "keep_ratio": KEEP_RATIO}
 
 
 def decoder(hidden: int = 512, layers: int = 4) -> LlamaForCausalLM:
@@ -40,6 +43,60 @@ def prompt(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Return random token ids `[batch, n]` on the benchmark's device."""
     ids = torch.randint(0, 256, (batch, n), generator=torch.Generator().manual_seed(seed))
     return ids.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prefill(model, ids: torch.Tensor):
+    """Run a prompt for the logits of its last token."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def prefill_flops(model: LlamaForCausalLM, ids: torch.Tensor) -> int:
+    """Return the FLOPs of a prefill, as `zipvl eval` counts them; the model is dense, or compiled with inner="eager"."""
+    prefill(model, ids)
+    with CountedFlops() as counted:
+        prefill(model, ids)
+    return counted.total
+
+
+def prefill_against_bounds(
+    file: str,
+    case: str,
+    build: Callable[[], LlamaForCausalLM],
+    variants: dict[str, dict],
+    ids: torch.Tensor,
+    rounds: int,
+) -> Callable[[], object]:  # fmt: skip
+    """Report the speedup of prefill by each variant over Inductor, and over what its own FLOPs allow.
+
+    Args:
+        file, case: of the results.
+        build: gives the model, with the same weights at every call.
+        variants: options of the backend by name.
+        ids: the prompt.
+        rounds: of measuring.
+
+    Returns:
+        A prefill by the first variant.
+    """
+    flops = {"dense": prefill_flops(build(), ids)}
+    for name, options in variants.items():
+        model = build()
+        model.compile(backend="zipvl", options=options | {"inner": "eager"})
+        flops[name] = prefill_flops(model, ids)
+    torch._dynamo.reset()
+    models = {name: build() for name in flops}
+    models["dense"].compile(backend="inductor", dynamic=False)
+    for name, options in variants.items():
+        models[name].compile(backend="zipvl", options=options, dynamic=False)
+    run = {name: lambda model=model: prefill(model, ids) for name, model in models.items()}
+    times = interleaved(run, rounds, warm_up=1)
+    for name in variants:
+        speedup, bound = times["dense"] / times[name], flops["dense"] / flops[name]
+        report(file, "prefill", case, name,
+               dense=(times["dense"] * 1e3, "ms"), zipvl=(times[name] * 1e3, "ms"), speedup=(speedup, "x"),
+               bound=(bound, "x"), speedup_over_bound=(speedup / bound, "fraction"))  # fmt: skip
+    return run[next(iter(variants))]
 
 
 def timed(run: Callable[[], object]) -> float:

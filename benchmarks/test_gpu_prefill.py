@@ -17,7 +17,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import KEEP_RATIO, amdahl, device_times, interleaved, report
+from harness import KEEP_RATIO, SKIPPING, amdahl, device_times, interleaved, report
 from test_gpu_kernels import dense_backends, draw
 from transformers import (
     AttentionInterface,
@@ -30,8 +30,6 @@ from transformers import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTHS = [576, 2880, 4096, 8192, 16384, 32768, 65536]
-DENSE_LAYERS = 2  # of those where tokens pass the layers that do not keep them
-SKIPPING = {"policy": "skip_layers", "dense_layers": DENSE_LAYERS, "keep_ratio": KEEP_RATIO}
 SIZES = {"8 layers of 13B": 8, "13B": 40}
 
 

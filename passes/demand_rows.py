@@ -39,10 +39,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.graph import erase_unread, insert_call, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
-from zipvl_compile.passes.graph.op_calls import (
-    SparseAttentionCall,
-    WindowAttentionCall,
-)
+from zipvl_compile.passes.graph.op_calls import SparseAttentionCall, WindowAttentionCall
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
 from zipvl_compile.passes.match.outcome import Demand
 from zipvl_compile.passes.match.reasons import fault

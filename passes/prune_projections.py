@@ -172,12 +172,17 @@ def prune_output(site: Around, kept: Rows, query: Node | None) -> str:
         return reason
     if reason:  # nothing is gained below the attention itself
         below = forward_slice.Below(attention, hold, {attention: site.axes}, {attention: ZERO})
-    query = query or kept.take(site.query, site.axes, attention)
-    # What it reads now: pruning the values has put others in their place.
-    out = replace(SparseAttentionCall.read(attention), q=query).insert(attention)
+    out = attend_kept(site, kept, query)
     tokens = size(site.scores.k, 2, attention)
     below.replace(out, kept, tokens, held(site.positions, tokens, attention) if hold else None)
     return reason
+
+
+def attend_kept(site: Around, kept: Rows, query: Node | None) -> Node:
+    """Insert the attention of the kept tokens alone, `[B, Hq, P, Dv]`; Q of theirs is given if it is at hand."""
+    query = query or kept.take(site.query, site.axes, site.node)
+    # What it reads now: pruning the values has put others in their place.
+    return replace(SparseAttentionCall.read(site.node), q=query).insert(site.node)
 
 
 def held(positions: Node, tokens: Any, before: Node) -> Rows:
@@ -194,9 +199,7 @@ def skip_layer(site: Around, kept: Rows, query: Node | None) -> None:
     """
     if site.all_attend:
         raise Mixes("every query attends")
-    query = query or kept.take(site.query, site.axes, site.node)
-    out = replace(SparseAttentionCall.read(site.node), q=query).insert(site.node)
-    skip_layers.rewrite(site.node, site.axes, out, kept)
+    skip_layers.rewrite(site.node, site.axes, attend_kept(site, kept, query), kept)
 
 
 def prune(site: Around, kept: Rows, graph: Graph, skips: bool) -> tuple[dict[str, str], str | None]:

@@ -28,7 +28,16 @@ from torch.fx.node import map_arg
 from zipvl_compile.passes.demand_rows import Part, read_part
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, TokenPositionsCall
-from zipvl_compile.passes.graph.reading import changed_in_place, example, is_op, is_pure, memory_of, spelled, written
+from zipvl_compile.passes.graph.reading import (
+    changed_in_place,
+    example,
+    is_op,
+    is_pure,
+    memory_of,
+    same_shape,
+    spelled,
+    written,
+)
 from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
@@ -105,15 +114,20 @@ def demanded(graph: Graph, sites: Sites, settings: Settings) -> Demanded:
         most = node if most == 1 else insert_call(first, torch.sym_max, (node, most))
     text = [f"slice({-rows}, None, None)" for rows in newest[1:2] if leaving and rows > 1]
     text += [str(part.index) for part in parts if part.index not in (-1, LAST)]
-    alone = leaving[0] if newest == [1, 1] and leaving and not others and has_last_layer(sites, settings) else None
-    return Demanded(most, tuple(others), text=tuple(text), returned=alone)
+    alone = newest == [1, 1] and bool(leaving) and is_last_hidden_state(leaving[0], sites, settings)
+    return Demanded(most, tuple(others), text=tuple(text), returned=leaving[0] if alone else None)
 
 
-def has_last_layer(sites: Sites, settings: Settings) -> bool:
-    """Return whether the last attention of a graph is known to be that of the decoder's last layer."""
-    last = len(sites.prefill) - 1
-    number = number_of(sites.prefill[last].name, -1)
-    return number >= 0 and settings.decoder_layers() == number + 1
+def is_last_hidden_state(hidden: Node, sites: Sites, settings: Settings) -> bool:
+    """Return whether a hidden state that a graph returns is known to be that of the decoder's last layer, for its head.
+
+    A decoder that is asked for hidden states returns those of all its layers; they have the same shape.
+    """
+    shape = example(hidden).shape
+    values = [example(x) for x in hidden.graph.output_node().all_input_nodes if x is not hidden]
+    alike = any(isinstance(x, torch.Tensor) and same_shape(x.shape, shape) for x in values)
+    number = number_of(sites.prefill[-1].name, -1)
+    return not alike and number > 0 and settings.decoder_layers() == number + 1
 
 
 def _add(part: Part, newest: list[Any], others: list[Node], key: Node, before: Node) -> None:

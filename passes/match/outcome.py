@@ -62,16 +62,23 @@ class Pruning:
     skipped: str | None = None
 
     @property
+    def for_every_token(self) -> dict[str, str]:
+        """Return what is computed for every token though it might not be, each with the reason."""
+        return self.reasons | ({"layer": self.skipped} if self.skipped else {})
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Return the projections that are computed only for the tokens that need them."""
         return tuple(part for part in PARTS if part not in self.reasons)
 
     def __str__(self) -> str:
-        dense = "".join(f"; {part} for every token: {reason}" for part, reason in self.reasons.items())
-        skips = "" if self.skipped is None else "; other tokens pass the layer"
-        if self.skipped:
-            skips = f"; the layer for every token: {self.skipped}"
-        return f"{self.layer} pruned: {', '.join(self.parts) or 'nothing'}{dense}{skips}"
+        dense = "".join(f"; {part} for every token: {reason}" for part, reason in self.for_every_token.items())
+        return f"{self.layer} pruned: {self.done or 'nothing'}{dense}"
+
+    @property
+    def done(self) -> str:
+        """Return what is computed for the tokens only that need it, as "q, v, output" or "q, v, output, layer"."""
+        return ", ".join([*self.parts, *(["layer"] if self.skipped == "" else [])])
 
 
 @dataclass(frozen=True)

@@ -133,18 +133,50 @@ class Below:
 
 
 def _added_to(user: Node, node: Node) -> Node | None:
-    """Return the tensor that `user` does nothing but add `node` to, of the same shape and dtype, or None.
+    """Return the tensor that `user` does nothing but add `node` to, or None.
 
     It then gets the sums in its few rows; adding a tensor of zeros would read and write all the others once more.
     """
-    if not is_op(user, "add") or len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
-        return None
-    (other,) = (x for x in user.all_input_nodes if x is not node)
-    values = [example(x) for x in (user, node, other)]
-    if changed_in_place(user) or not all(isinstance(x, torch.Tensor) for x in values):
-        return None
+    return next((x for x in summands(user) if x is not node), None)
+
+
+def summands(node: Node) -> list[Node]:
+    """Return the two tensors that a node does nothing but add, both of its shape and dtype; none where it does not."""
+    terms = list(node.all_input_nodes)
+    if not is_op(node, "add") or len(terms) != 2 or len(node.args) != 2 or node.kwargs or changed_in_place(node):
+        return []
+    values = [example(x) for x in (node, *terms)]
+    if not all(isinstance(x, torch.Tensor) for x in values):
+        return []
     alike = all(x.dtype == values[0].dtype and same_shape(x.shape, values[0].shape) for x in values)
-    return other if alike else None
+    return terms if alike else []
+
+
+def follow(node: Node, known: dict[Node, Axes], autocast: set[Node]) -> tuple[Axes, dict[Node, Axes]]:
+    """Follow tokens, and samples where they are followed, from the inputs of an operation to its result.
+
+    Args:
+        node: the operation.
+        known: tensors above it, with their axes.
+        autocast: the nodes inside `torch.autocast`.
+
+    Returns:
+        The axes of its result, and the other inputs with tokens of their own, with theirs.
+
+    Raises:
+        Mixes: a row of its result may depend on several rows, or cannot be computed elsewhere.
+    """
+    if node in autocast:
+        raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
+    if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
+        raise Mixes(f"the result of {spelled(node)!r} is changed in place")
+    given = {x: known[x] for x in read_by_value(node) if x in known}
+    token = axis_below(node, {x: axes.token for x, axes in given.items()})
+    batch, samples = None, {}
+    if all(axes.batch is not None for axes in given.values()):
+        batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
+        samples = carried(node, batch)
+    return Axes(token, batch), {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
 
 
 def find(start: Node, axes: Axes, held: bool = False) -> Below:
@@ -155,9 +187,7 @@ def find(start: Node, axes: Axes, held: bool = False) -> Below:
     while node.op != "output":
         if not below.nodes.keys().isdisjoint(read_by_value(node)) and not reads_size(node):
             try:
-                if node in autocast:
-                    raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
-                _add(below, node)
+                _add(below, node, autocast)
             except Mixes as reason:
                 below.stops[node] = str(reason)
         node = node.next
@@ -174,21 +204,14 @@ def _remove(below: Below, node: Node) -> None:
         _remove(below, user)
 
 
-def _add(below: Below, node: Node) -> None:
-    given = {x: below.nodes[x] for x in read_by_value(node) if x in below.nodes}
-    if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
-        raise Mixes(f"the result of {spelled(node)!r} is changed in place")
-    token = axis_below(node, {x: axes.token for x, axes in given.items()})
-    batch, samples = None, {}
-    if below.nodes[below.start].batch is not None:
-        batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
-        samples = carried(node, batch)
-    others = {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
+def _add(below: Below, node: Node, autocast: set[Node]) -> None:
+    axes, others = follow(node, below.nodes, autocast)
     if below.held:
         if others:
             raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
-        below.nodes[node] = Axes(token, batch)
+        below.nodes[node] = axes
         return
+    given = [x for x in read_by_value(node) if x in below.nodes]
     interval = row_values.below(node, {x: below.values[x] for x in given})
     if others:
         alike = all(same_shape(example(x).shape, example(node).shape) for x in (*given, *others))
@@ -201,4 +224,4 @@ def _add(below: Below, node: Node) -> None:
         ):
             raise Mixes(f"{spelled(node)!r} meets a tensor with tokens of its own")
         below.others[node] = others
-    below.nodes[node], below.values[node] = Axes(token, batch), interval
+    below.nodes[node], below.values[node] = axes, interval

@@ -22,22 +22,13 @@ import torch
 from torch.fx import Node
 
 from zipvl_compile.passes.graph.graph import propagate
-from zipvl_compile.passes.graph.reading import (
-    arguments,
-    changed_in_place,
-    example,
-    holds_tensors,
-    is_op,
-    read_by_value,
-    same_shape,
-    spelled,
-)
+from zipvl_compile.passes.graph.op_traits import Tokens, Values
+from zipvl_compile.passes.graph.reading import arguments, example, holds_tensors, is_op, of, same_shape, spelled
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, reads_size
+from zipvl_compile.passes.tokenwise.forward_slice import follow, summands
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
-from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
-SAME_VALUES = ("to", "type", "float", "double", "half", "bfloat16", "type_as", "contiguous")
 END = "the hidden state leaves the graph"
 NO_RESIDUAL = "what the attention gives is not added to a tensor that it is computed from"
 
@@ -78,11 +69,13 @@ class _Region:
 
     Attributes:
         nodes: the attention and the operations, with their axes.
+        others: by operation, what it reads besides that has tokens.
         joints: those that everything from the attention comes through.
         stop: why it goes no lower.
     """
 
     nodes: dict[Node, Axes]
+    others: dict[Node, list[Node]] = field(default_factory=dict)
     joints: list[Node] = field(default_factory=list)
     stop: str = ""
 
@@ -101,7 +94,7 @@ def find(attention: Node, axes: Axes) -> LayerEnd:
     for node in reversed(region.joints):
         try:
             entry, scaling = _passes(node, region.nodes)
-            _check_others(node, _unscaled(entry), region.nodes)
+            _check_others(node, _unscaled(entry), region)
             return LayerEnd(node, region.nodes[node], entry, tuple(scaling), region.stop)
         except Mixes as why:
             reason = reason or str(why)
@@ -119,12 +112,11 @@ def _below(attention: Node, axes: Axes) -> _Region:
         try:
             if node.op == "output":
                 raise Mixes(END)
-            if node in autocast:
-                raise Mixes(f"{spelled(node)!r} is inside torch.autocast")
-            region.nodes[node] = _axes(node, region.nodes)
+            region.nodes[node], others = follow(node, region.nodes, autocast)
         except Mixes as reason:
             region.stop = str(reason)
             return region
+        region.others[node] = list(others)
         if not pending and isinstance(example(node), torch.Tensor):
             region.joints.append(node)
         pending |= _readers(node)
@@ -142,18 +134,6 @@ def _readers(node: Node) -> set[Node]:
     return {user for user in node.users if not reads_size(user)}
 
 
-def _axes(node: Node, known: dict[Node, Axes]) -> Axes:
-    given = {x: known[x] for x in read_by_value(node) if x in known}
-    if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
-        raise Mixes(f"the result of {spelled(node)!r} is changed in place")
-    token = axis_below(node, {x: axes.token for x, axes in given.items()})
-    if any(axes.batch is None for axes in given.values()):
-        return Axes(token)
-    batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
-    carried(node, batch)
-    return Axes(token, batch)
-
-
 def _passes(node: Node, region: dict[Node, Axes]) -> tuple[Node, list[Node]]:
     """Return what is left of a tensor where the layer adds nothing: a tensor, and operations on it.
 
@@ -166,65 +146,50 @@ def _passes(node: Node, region: dict[Node, Axes]) -> tuple[Node, list[Node]]:
     terms = _terms(node, region)
     for term in terms:
         others = [x for x in terms if x is not term]
-        own = all(x in region or len(x.users) == 1 for x in others)  # else it passes the layer, too
-        once = len(others) == len(terms) - 1
-        if others and once and own and all(_comes_from(x, _unscaled(term)) for x in others):
+        if len(others) != len(terms) - 1 or not others:
+            continue
+        # A term that something else reads is no branch of this layer, but passes it, too.
+        branches = all(x in region or len(x.users) == 1 for x in others)
+        if branches and all(_comes_from(x, _unscaled(term)) for x in others):
             return _passes(term, region) if term in region else (term, [])
     raise Mixes(NO_RESIDUAL)
 
 
-def _check_others(end: Node, entry: Node, region: dict[Node, Axes]) -> None:
+def _check_others(end: Node, entry: Node, region: _Region) -> None:
     """Refuse a layer that ends below where it meets tokens that do not come from its own `entry`.
 
     What a model computes once for all layers reaches every token, those that pass the layer, too.
     """
-    for node, axes in region.items():
-        if node > end or region.keys().isdisjoint(node.all_input_nodes):  # the attention itself is above the rest
-            continue
-        others = [x for x in carried(node, axes.token) if x not in region]
-        if not all(_comes_from(x, entry) for x in others):
+    for node, others in region.others.items():
+        if node <= end and not all(_comes_from(x, entry) for x in others):
             raise Mixes(f"{spelled(node)!r} meets a tensor with tokens that do not come from the layer's input")
 
 
 def _terms(node: Node, region: dict[Node, Axes]) -> list[Node]:
     """Return the tensors that a node is the sum of, as far as it is this layer's sum."""
-    if node not in region and len(node.users) > 1:
-        return [node]
-    if not is_op(node, "add") or len(node.args) != 2 or node.kwargs or len(node.all_input_nodes) != 2:
-        return [node]
-    if not all(_alike(x, node) for x in node.all_input_nodes):
-        return [node]
-    return [term for x in node.all_input_nodes for term in _terms(x, region)]
+    found = summands(node) if node in region or len(node.users) == 1 else []
+    return [term for x in found for term in _terms(x, region)] or [node]
 
 
 def _scaled(node: Node) -> Node | None:
     """Return the tensor that a node gives another scale or dtype, the same for every token, or None."""
-    if is_op(node, *SAME_VALUES):
-        return node.all_input_nodes[0] if _same_shape(node.all_input_nodes[0], node) else None
+    op = of(node)
+    if op is not None and (op.tokens, op.values) == (Tokens.FIRST, Values.KEPT):  # a cast
+        return arguments(node)["input"]
     if not is_op(node, "mul", "div"):
         return None
     tensors = [x for x in node.all_input_nodes if holds_tensors(x)]
-    whole = [x for x in tensors if _same_shape(x, node)]
+    whole = [x for x in tensors if same_shape(example(x).shape, example(node).shape)]
     if len(whole) != 1 or (is_op(node, "div") and arguments(node)["input"] is not whole[0]):
         return None
-    weights = [x for x in tensors if x is not whole[0]]
-    rows = example(node).dim() - 1
-    return whole[0] if all(example(x).dim() <= 1 or example(x).numel() == 1 for x in weights) and rows >= 1 else None
+    alike = all(x in whole or example(x).dim() <= 1 or example(x).numel() == 1 for x in tensors)
+    return whole[0] if alike else None
 
 
 def _unscaled(node: Node) -> Node:
     while (source := _scaled(node)) is not None:
         node = source
     return node
-
-
-def _same_shape(x: Node, node: Node) -> bool:
-    values = example(x), example(node)
-    return all(isinstance(value, torch.Tensor) for value in values) and same_shape(values[0].shape, values[1].shape)
-
-
-def _alike(x: Node, node: Node) -> bool:
-    return _same_shape(x, node) and example(x).dtype == example(node).dtype
 
 
 def _comes_from(x: Node, source: Node) -> bool:

@@ -262,3 +262,14 @@ def test_a_hidden_state_between_two_layers_is_returned_in_full(record, layers):
     options = {**ONE_ROW, "decoder_layers": lambda: layers, **RATIO}
     (got, *_), recorder = record(Stack(), hidden_states(), prune=True, **options)
     assert got.isfinite().all() and recorder.demands == []
+
+
+def test_a_hidden_state_beside_others_is_returned_in_full(record):
+    """As of a decoder that is asked for hidden states, of which the embedding comes before any attention."""
+
+    class WithEmbedding(Stack):
+        def forward(self, x):
+            return *super().forward(x), x * 1
+
+    (got, *_), recorder = record(WithEmbedding(), hidden_states(), prune=True, **ONE_ROW, **RATIO)
+    assert got.isfinite().all() and recorder.demands == []

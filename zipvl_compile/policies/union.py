@@ -5,8 +5,8 @@
 As `window`, but no token loses sight of what the layer finds important. A row costs p + 64 + 4, so that prefill is
 n p instead of p^2: at equal work it keeps fewer tokens, which is a smaller KV cache.
 
-A probe row counts as much as it sees of the prompt: the paper's average is high for late tokens, which only the newest
-rows see, and for the first ones, so that of a picture with even attention the lower rows are lost.
+A probe row counts as much as it sees of the prompt. A row that sees few tokens gives each of them much, so that the
+paper's average favours early tokens, and of a picture with even attention the lower rows are lost.
 
 Source: the local part is that of StreamingLLM (arXiv 2309.17453).
 """

@@ -227,13 +227,13 @@ def _with_kept_tokens(
 
 
 def _with_pruned(rows: list[ExplainedSite], pruned: list[Pruning]) -> list[ExplainedSite]:
-    parts = {pruning.layer: ", ".join(pruning.parts) for pruning in pruned}
+    parts = {pruning.layer: pruning.done for pruning in pruned}
     return [replace(row, pruned=parts.get(row.layer, "")) if row.kind == "prefill" else row for row in rows]
 
 
 def _around_attention(pruned: list[Pruning]) -> list[str]:
-    """Say which projections are computed for every token, and why."""
-    found = Counter((part, reason) for pruning in pruned for part, reason in pruning.reasons.items())
+    """Say which projections, or which layers, are computed for every token, and why."""
+    found = Counter((part, reason) for pruning in pruned for part, reason in pruning.for_every_token.items())
     return [f"Computed for every token in {n} layers: {part} ({reason})." for (part, reason), n in found.items()]
 
 

@@ -104,6 +104,14 @@ def test_projections_that_stay_dense_say_why(model, inputs):
     assert f"Computed for every token in {LAYERS} layers: v (read by 'gather_tokens' as well)." in shown.notes
 
 
+def test_layers_that_tokens_pass_are_said_and_those_that_they_do_not(model, inputs):
+    options = {**EVERY_LENGTH, "policy": "skip_layers", "dense_layers": 0, "keep_ratio": 0.25}
+    shown = explain(model, options=options, **inputs)
+    passed = [row.pruned == "q, v, output, layer" for row in decoder("prefill", shown)]
+    assert passed == [True] * (LAYERS - 1) + [False], "of the last layer the newest row alone is computed"
+    assert "Computed for every token in 1 layers: layer (only some of its rows are needed)." in shown.notes
+
+
 def test_table_shows_every_row_in_80_columns(explanation):
     rich_console = pytest.importorskip("rich.console", reason="an extra: pip install 'zipvl-compile[demo]'")
     console = rich_console.Console(width=80, record=True)
