@@ -52,7 +52,7 @@ def prefill(model, ids: torch.Tensor):
 
 
 def prefill_flops(model: LlamaForCausalLM, ids: torch.Tensor) -> int:
-    """Return the FLOPs of a prefill, as `zipvl eval` counts them; the model is dense, or compiled with inner="eager"."""
+    """Return the FLOPs of a prefill, as `zipvl eval` counts them, of a dense model or of one with inner="eager"."""
     prefill(model, ids)
     with CountedFlops() as counted:
         prefill(model, ids)
