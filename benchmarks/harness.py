@@ -66,7 +66,7 @@ def prefill_against_bounds(
     variants: dict[str, dict],
     ids: torch.Tensor,
     rounds: int,
-) -> Callable[[], object]:  # fmt: skip
+) -> Callable[[], object]:
     """Report the speedup of prefill by each variant over Inductor, and over what its own FLOPs allow.
 
     Args:
