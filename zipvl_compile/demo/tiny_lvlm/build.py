@@ -39,14 +39,15 @@ def context_length(canvas: Canvas) -> int:
 def build_config(canvas: Canvas = SMALL) -> LlavaConfig:
     """A CLIP tower before a Llama of 4 layers with 4 query heads and 2 key-value heads.
 
-    The tower has 2 layers, or one where a picture has thousands of patches: there it would take most of the time.
+    The tower has 2 layers of 4 heads, or one of one head where a picture has thousands of patches: it stays dense, and
+    would take most of the time there.
     """
-    ids = word_ids(canvas)
+    ids, large = word_ids(canvas), canvas.tokens > 1024
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=256,
-        num_hidden_layers=2 if canvas.tokens < 1024 else 1,
-        num_attention_heads=4,
+        num_hidden_layers=1 if large else 2,
+        num_attention_heads=1 if large else 4,
         image_size=canvas.size,
         patch_size=CELL,
         projection_dim=96,

@@ -68,6 +68,7 @@ def _weights(**weights: float) -> dict[str, float]:
 #: held-out digits before the end, so that no number here was chosen by them.
 LARGE_RECIPE = Recipe(
     canvas_name=LARGE.name,
+    align_steps=1000,
     align_patches=256,
     compact_steps=3000,
     full_steps=600,
