@@ -24,6 +24,7 @@ import torch
 
 from zipvl_compile.kernels.common import autotune
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail
+from zipvl_compile.kernels.common.dense_attention import dense_attention
 from zipvl_compile.kernels.common.dispatch import use_triton
 from zipvl_compile.kernels.every_row_torch import attend_every_row_torch
 from zipvl_compile.kernels.sparse_attention_torch import empty_output
@@ -35,14 +36,17 @@ from zipvl_compile.kernels.window_attention_triton import attend_window_triton
 def _window_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor, kept_v: torch.Tensor,
     positions: torch.Tensor, visible: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float | None, window: int, sinks: int, kept_window: bool, queries: str, kernel_: str = "auto",
+    softcap: float | None, window: int, sinks: int, kept_window: bool, queries: str, dense_from: float = 1.0,
+    kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     if mask is not None and mask.shape[0] == 0:  # what hiding_rows gives for a mask that hides nothing
         mask = None
-    _check(q, k, v, kept_k, kept_v, positions, visible, mask, window, sinks, kept_window, queries)
+    _check(q, k, v, kept_k, kept_v, positions, visible, mask, window, sinks, kept_window, queries, dense_from)
     if q.numel() == 0 or v.numel() == 0:
         return empty_output(q, v).zero_()
-    p = positions.shape[2]
+    p, n = positions.shape[2], k.shape[2]
+    if queries == "all" and mask is None and q.shape[2] == n and p >= dense_from * n:
+        return empty_output(q, v).copy_(dense_attention(q, k, v, None, is_causal, scale, softcap))
     first = first_visible(visible, sinks)
     options, every = (is_causal, scale, softcap, window), queries == "all"
     plain = functools.partial(
@@ -65,7 +69,7 @@ def _window_attention(
 @_window_attention.register_fake
 def _(
     q, k, v, kept_k, kept_v, positions, visible, mask, is_causal, scale, softcap, window, sinks, kept_window, queries,
-    kernel_="auto",
+    dense_from=1.0, kernel_="auto",
 ):  # fmt: skip
     return empty_output(q, v)
 
@@ -73,7 +77,7 @@ def _(
 def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor, kept_v: torch.Tensor,
     positions: torch.Tensor, visible: torch.Tensor, mask: torch.Tensor | None, window: int, sinks: int,
-    kept_window: bool, queries: str,
+    kept_window: bool, queries: str, dense_from: float,
 ) -> None:  # fmt: skip
     operator = "window_attention"
     check_attention_inputs(operator, q, k, v)
@@ -103,6 +107,8 @@ def _check(
         fail(operator, "window", "at least 1 token", window, "A token sees itself at least.")
     if sinks < 0:
         fail(operator, "sinks", "at least 0 tokens", sinks, "Use 0 for none.")
+    if not 0 < dense_from <= 1:
+        fail(operator, "dense_from", "a fraction in (0, 1]", dense_from, "Use 1.0 for never, unless all are kept.")
 
 
 def window_attention(
@@ -122,6 +128,7 @@ def window_attention(
     sinks: int = 4,
     kept_window: bool = False,
     queries: str = "selected",
+    dense_from: float = 1.0,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend among the kept tokens, and from every other token to the tokens near it and to the first ones.
@@ -143,6 +150,8 @@ def window_attention(
         sinks: how many of the first visible tokens of its sample a token sees besides.
         kept_window: whether kept tokens see their local tokens too, in one softmax.
         queries: "all" lets every token see what kept ones do, which takes kept_window=True.
+        dense_from: with queries="all" and no mask, the fraction of kept tokens from which every token sees all before
+            it, since leaving out the few others would take longer.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
@@ -155,4 +164,4 @@ def window_attention(
     and attention sinks.
     """
     given = (q, k, v, kept_k, kept_v, positions, visible, mask, is_causal, scale, softcap)
-    return torch.ops.zipvl.window_attention(*given, window, sinks, kept_window, queries, kernel)
+    return torch.ops.zipvl.window_attention(*given, window, sinks, kept_window, queries, dense_from, kernel)

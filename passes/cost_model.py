@@ -43,14 +43,11 @@ attend, edge, multiply, score, token, byte, site, host, product, masked = sympy.
 )
 
 DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n) * (1 + masked * dense_mask) + B * product * work * n
-SPARSE = site + B * (
-    (score + multiply * D) * Hq * m * n
-    + token * n
-    + byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
-    + Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every)) * (1 + masked * sparse_mask)
-    + Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
-    + product * work * r * n
-)
+CHOICE = site + B * ((score + multiply * D) * Hq * m * n + token * n)
+GATHERS = B * byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
+AMONG_KEPT = B * Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
+TO_WINDOW = B * Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
+SPARSE = CHOICE + GATHERS + AMONG_KEPT * (1 + masked * sparse_mask) + TO_WINDOW + B * product * work * r * n
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
 NEVER = 1 << 62  # tokens
@@ -107,6 +104,15 @@ def break_even(shape: AttentionShape, machine: Machine, kept: float, slack: floa
     hidden = math.ceil(machine.host / meanwhile) if machine.host < NEVER * meanwhile else NEVER
     # The host's time is hidden from that length on, or it is paid.
     return min(max(_from(gain), hidden), _from(gain - machine.host))
+
+
+@functools.cache
+def choice_below(shape: AttentionShape, machine: Machine, share: float) -> int:
+    """Return the prompt length from which choosing tokens takes at most `share` of dense attention, in tokens.
+
+    That is what a layer loses that then attends to all of them.
+    """
+    return _from((share * DENSE - CHOICE).subs(_values(shape, machine)))
 
 
 def _from(gain: sympy.Expr) -> int:

@@ -68,7 +68,7 @@ def attend(attention: Attention, kept: Kept, masks: CanonicalMasks, settings: Se
             q=attention.query, k=key, v=value, kept_k=kept.keys, kept_v=kept.values, positions=kept.positions,
             visible=kept.selection.visible, mask=rows, is_causal=is_causal, scale=attention.scale,
             softcap=attention.softcap, window=settings.window, sinks=settings.sinks, kept_window=settings.kept_window,
-            queries=settings.queries,
+            queries=settings.queries, dense_from=settings.dense_from,
         ).insert(attention.node)  # fmt: skip
     elif attention.reads_whole_prompt:
         rows, is_causal = masks.hiding(attention)

@@ -39,7 +39,7 @@ from zipvl_compile.passes.graph.graph import copied
 from zipvl_compile.passes.match.sites import Sites, match
 from zipvl_compile.passes.policy import Policy
 from zipvl_compile.passes.settings import Settings
-from zipvl_compile.report.costs import least_tokens
+from zipvl_compile.report.costs import DENSE_FROM, least_tokens
 
 log = logging.getLogger("zipvl_compile")
 _dumps = itertools.count()
@@ -112,6 +112,7 @@ def settings_of(options: ZipVLOptions) -> Settings:
         **rule,
         evict=options.evict,
         min_tokens=least_tokens(options),
+        dense_from=1.0 if options.min_tokens is not None else DENSE_FROM,
         kernel=options.kernel,
         newest_rows_read=newest_rows_read,
         decoder_layers=decoder_layers,

@@ -15,6 +15,13 @@ def only(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
     return shown if mask.dtype == torch.bool else torch.where(shown, mask, float("-inf"))
 
 
+def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a bool or additive mask as an additive one, in `dtype`."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
 def with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool,
     scale: float | None, softcap: float | None,
@@ -29,12 +36,10 @@ def with_lse(
     if mask is not None:
         if is_causal:
             mask = only(mask, shown_by(mask) & torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool())
-        bias = mask.to(q.dtype)
-        if mask.dtype == torch.bool:
-            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        bias = added(mask, q.dtype)
     if softcap is None and q.device.type == "cpu":
         widest = max(q.shape[3], v.shape[3])
-        same = [F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v)]
+        same = [x if x.shape[3] == widest else F.pad(x, (0, widest - x.shape[3])) for x in (q, k, v)]
         if mask is None and not is_causal:  # the rows of a KV head's queries as one matrix: larger tiles
             same[0] = same[0].reshape(q.shape[0], k.shape[1], -1, widest)
         out, lse = FLASH_ON_CPU(*same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale)

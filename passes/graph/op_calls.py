@@ -212,6 +212,7 @@ class WindowAttentionCall(OpCall):
     sinks: int
     kept_window: bool
     queries: str
+    dense_from: float = 1.0
     kernel_: str = "auto"
 
 

@@ -195,6 +195,32 @@ def test_any_number_of_sinks(implementation, cases, sinks, rule):
     check(implementation, q, k, v, choose(2, 1, 37, 9), real, real[:, None, None], **options)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("p", "share"), [(12, 0.5), (11, 0.5), (23, 1.0), (22, 1.0)])
+def test_from_some_fraction_kept_every_row_sees_all(implementation, cases, p, share, is_causal):
+    q, k, v = cases.qkv(batch=2, n=23, dim=8, dtype=implementation.finest)
+    positions, visible = choose(2, 1, 23, p), torch.ones(2, 23)
+    options = {"window": 2, "sinks": 1, "is_causal": is_causal, **EVERY}
+    given_ = (q, k, v, *kept_kv(k, v, positions), positions, visible)
+    got = implementation.run(window_attention, *given_, dense_from=share, **options)
+    whole, usual = choose(2, 1, 23, 23), implementation.run(window_attention, *given_, **options)
+    exact, _ = definition(q, k, v, whole if p >= share * 23 else positions, visible, **options)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    assert got.transpose(1, 2).is_contiguous()
+    assert (got - usual).abs().max() > 1e-3 or (p >= share * 23) == (p == 23)
+
+
+def test_masked_and_newest_rows_see_kept_tokens_whatever_their_number(implementation, cases):
+    q, k, v = cases.qkv(batch=1, n=23, dim=8, dtype=implementation.finest)
+    positions, visible = choose(1, 1, 23, 20), torch.ones(1, 23)
+    mask = torch.ones(1, 1, 1, 23, dtype=torch.bool)
+    for queries, hiding in ((q, mask), (q[:, :, -5:], None)):
+        given_ = (queries, k, v, *kept_kv(k, v, positions), positions, visible, hiding)
+        options = {"window": 2, "sinks": 1, **EVERY}
+        found = [implementation.run(window_attention, *given_, dense_from=share, **options) for share in (0.5, 1.0)]
+        assert torch.equal(*found)
+
+
 @each_rule
 @pytest.mark.parametrize("window", [1, 4, 100])
 def test_from_no_kept_token_to_all(implementation, cases, window, rule):
@@ -366,6 +392,7 @@ BAD = {
     "mask": ({"mask": torch.ones(2, 1, 3, 3) > 0}, "mask: expected a shape that broadcasts to [2, 4, 6, 6]"),
     "window": ({"window": 0}, "window: expected at least 1 token, got 0"),
     "sinks": ({"sinks": -1}, "sinks: expected at least 0 tokens, got -1"),
+    "dense_from": ({"dense_from": 0.0}, "dense_from: expected a fraction in (0, 1], got 0.0"),
     "kernel": ({"kernel": "cuda"}, 'kernel: expected "auto", "triton" or "torch", got \'cuda\''),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, break_even, seconds
+from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, break_even, choice_below, seconds
 
 SHAPE = AttentionShape(1, 8, 2, 64, 32, 128, 4)
 MACHINE = Machine(attend=4e-11, edge=2e-9, multiply=2e-11, score=7e-9, token=4e-7, byte=3e-10, site=7e-4)
@@ -58,6 +58,16 @@ def test_scores_are_probe_rows_times_tokens():
     assert seconds(SHAPE, only(multiply=1.0), 1000, 0.5) == (0, 8 * 128 * 1000 * 64)
     assert seconds(SHAPE, only(score=1.0), 1000, 0.5) == (0, 8 * 128 * 1000)
     assert seconds(SHAPE, only(token=1.0), 1000, 0.5) == (0, 1000)
+
+
+def test_choosing_is_a_small_part_of_dense_attention_from_some_length_on():
+    machine = dataclasses.replace(MACHINE, byte=0.0)
+    choice = dataclasses.replace(machine, attend=0.0, edge=0.0)
+    n = choice_below(SHAPE, machine, 0.15)
+    for length, below in ((n, True), (n - 1, False)):
+        dense, chosen = seconds(SHAPE, machine, length, 0.5)[0], seconds(SHAPE, choice, length, 0.5)[1]
+        assert (chosen <= 0.15 * dense) == below
+    assert choice_below(SHAPE, dataclasses.replace(machine, attend=0.0), 0.001) == NEVER
 
 
 def test_gathers_move_what_is_kept_and_put_every_row_back():

@@ -90,7 +90,7 @@ def _root(
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(min=1, help="How many held-out questions the bundled model answers.")] = 360,
+    questions: Annotated[int, typer.Option(min=1, help="How many held-out questions the bundled model answers.")] = 18,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
     model: Annotated[str | None, typer.Option(help="Local folder or hub name of another LVLM; needs --image.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file, with --model.")] = None,

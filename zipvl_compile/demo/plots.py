@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Circle
 from PIL import Image
 
 PANEL_INCHES = 2.6
 MAX_COLUMNS = 6
-PICTURE_PIXELS = 512
+PICTURE_PIXELS = 768
+ZOOM_INCHES = 3.4
+AROUND = 2  # patches on each side of an enlarged one
+LEGEND = (
+    "In colour: patches that a layer keeps in its KV cache, which every later word can look at. "
+    "Pale: patches that it dropped; their memory is free."
+)
 KEPT_COLOUR, DROPPED_COLOUR = (0.10, 0.35, 0.65), (0.92, 0.92, 0.92)
 
 
@@ -26,8 +33,11 @@ def draw_kept_patches(
     grid: tuple[int, int],
     prompt_length: int,
     title: str = "",
+    cells: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Write a picture with one panel per layer, in which the patches that the layer dropped are faded.
+
+    Where cells are given, each has a column below: what is around it, and what the layers kept of that.
 
     Args:
         path: of the PNG.
@@ -36,21 +46,56 @@ def draw_kept_patches(
         image_tokens: positions of the image tokens in the prompt, int64 `[rows * columns]`, in reading order.
         grid: rows and columns of patches.
         prompt_length: of the prompt (tokens).
-        title: above the panels.
+        title: above the panels: the question and the answers.
+        cells: row and column of patches to enlarge.
     """
     rows, columns = grid
     scale = max(1, PICTURE_PIXELS // max(grid))
     picture = np.asarray(image.convert("RGB").resize((columns * scale, rows * scale), Image.Resampling.NEAREST)) / 255
-    figure, axes = _panels(1 + len(kept), rows / columns)
-    figure.suptitle(title, fontsize=10, parse_math=False)  # an answer may hold dollar signs
+    chosen = {
+        layer: torch.isin(image_tokens, positions.cpu()).reshape(rows, columns).numpy()
+        for layer, positions in kept.items()
+    }
+    count = 1 + len(kept)
+    width = PANEL_INCHES * min(count, MAX_COLUMNS)
+    height = (PANEL_INCHES * rows / columns + 0.5) * math.ceil(count / MAX_COLUMNS) + 1.4
+    figure = Figure(figsize=(width, height + (ZOOM_INCHES if cells else 0)), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)  # an answer may hold dollar signs
+    figure.supxlabel(LEGEND, fontsize=9)
+    heights = (height, ZOOM_INCHES) if cells else (height,)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = _panels(parts[0], count)
     axes[0].imshow(picture)
-    axes[0].set_title(f"image: {rows} x {columns} patches", fontsize=9)
+    axes[0].set_title(f"the image: {rows} x {columns} patches", fontsize=9)
+    for row, column in cells:
+        middle = (column * scale + scale / 2, row * scale + scale / 2)
+        axes[0].add_patch(Circle(middle, 2.5 * scale, fill=False, edgecolor="white", linewidth=0.8))
     for (layer, positions), axis in zip(kept.items(), axes[1:], strict=False):
-        chosen = torch.isin(image_tokens, positions.cpu()).reshape(rows, columns)
-        axis.imshow(_fade(picture, chosen.numpy().repeat(scale, 0).repeat(scale, 1)))
-        patches = f"{int(chosen.sum())} of {rows * columns} patches"
+        axis.imshow(_fade(picture, chosen[layer].repeat(scale, 0).repeat(scale, 1)))
+        patches = f"{int(chosen[layer].sum())} of {rows * columns} patches"
         axis.set_title(f"layer {layer}: kept {patches}\n{_count(positions, prompt_length)}", fontsize=9)
+    if cells:
+        _draw_enlarged(parts[1], picture, list(chosen.values()), cells, scale)
     _save(figure, path)
+
+
+def _draw_enlarged(
+    figure: SubFigure, picture: np.ndarray, chosen: list[np.ndarray], cells: Sequence[tuple[int, int]], scale: int
+) -> None:
+    """Draw what is around each cell, and below it the same with patches paler the fewer of the layers kept them."""
+    share = np.mean(chosen, axis=0).repeat(scale, 0).repeat(scale, 1)[..., None]
+    faded = share * picture + (1 - share) * _fade(picture, np.zeros(picture.shape[:2], bool))
+    axes = figure.subplots(2, len(cells), squeeze=False)
+    for (row, column), pair in zip(cells, axes.T, strict=True):
+        side, (rows, columns) = 2 * AROUND + 1, chosen[0].shape
+        starts = (min(max(at - AROUND, 0), max(most - side, 0)) for at, most in ((column, columns), (row, rows)))
+        across, down = (slice(start * scale, (start + side) * scale) for start in starts)
+        kept = sum(layer[row, column] for layer in chosen)
+        pair[0].set_title(f"row {row + 1}, column {column + 1}", fontsize=8)
+        pair[1].set_title(f"kept by {kept} of {len(chosen)} layers", fontsize=8)
+        for axis, shown in zip(pair, (picture, faded), strict=True):
+            axis.imshow(shown[down, across])
+            axis.set_axis_off()
 
 
 def draw_kept_strips(
@@ -77,15 +122,12 @@ def draw_kept_strips(
     _save(figure, path)
 
 
-def _panels(count: int, aspect: float) -> tuple[Figure, list]:
+def _panels(figure: Figure | SubFigure, count: int) -> list:
     columns = min(count, MAX_COLUMNS)
-    rows = math.ceil(count / columns)
-    size = (PANEL_INCHES * columns, (PANEL_INCHES * aspect + 0.5) * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    axes = list(np.atleast_1d(figure.subplots(math.ceil(count / columns), columns)).flat)
     for axis in axes:
         axis.set_axis_off()
-    return figure, axes
+    return axes
 
 
 def _fade(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:

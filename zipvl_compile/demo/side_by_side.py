@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from zipvl_compile.demo import tables
+from zipvl_compile.demo.budgets import BUDGETS, at_budgets, random_tokens
 from zipvl_compile.demo.compare import Answer, Comparison, compare, compiled_copy, reached, warm_up
 from zipvl_compile.demo.plots import draw_kept_patches, draw_kept_strips
 from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs
-from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
+from zipvl_compile.demo.tiny_lvlm import LARGE_CHECKPOINT
+from zipvl_compile.demo.tiny_lvlm.canvas import canvas_of
 from zipvl_compile.demo.tiny_lvlm.evaluate import DemoQuestion, exact_match, questions_for_demo
+from zipvl_compile.demo.tiny_lvlm.questions import SINGLE_TOKEN_KINDS
 from zipvl_compile.report.compile_report import collect, left_dense
 
 #: Fewer identical answers than this on the bundled model is a failure.
@@ -26,11 +29,9 @@ LEAST_AGREEMENT = 0.98
 MAX_NEW_TOKENS = 8
 #: Repetitions for the times of a single prompt.
 REPEATS = 5
-EXAMPLES = 6
-SMALL_MODEL = (
-    "About the times: with {millions:.1f} M parameters and {n} tokens, attention is a small part of the work, and "
-    "choosing tokens costs time too. `make bench` measures prompts that are long enough for speed to show."
-)
+EXAMPLES = 4
+#: How many questions are asked at each budget.
+AT_BUDGETS = 9
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Setup:
         return options or None
 
 
-def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int = 0) -> int:
+def run_bundled(console: Console, setup: Setup, questions: int = 18, seed: int = 0) -> int:
     """Answer held-out questions with the bundled model; return the exit code.
 
     Args:
@@ -73,36 +74,45 @@ def run_bundled(console: Console, setup: Setup, questions: int = 360, seed: int 
     Raises:
         ValueError: the trained model is not there.
     """
-    if not (CHECKPOINT / "config.json").exists():
-        raise ValueError(f"model: expected the trained model in {CHECKPOINT}, got nothing there. Run `make train`.")
-    model, processor = load(str(CHECKPOINT), "cpu")
-    asked = list(questions_for_demo(questions, seed))
+    if not (LARGE_CHECKPOINT / "config.json").exists():
+        raise ValueError(
+            f"model: expected the trained model in {LARGE_CHECKPOINT}, got nothing there. Run `make train`."
+        )
+    model, processor = load(str(LARGE_CHECKPOINT), "cpu")
+    asked = list(questions_for_demo(questions, seed, canvas=canvas_of(model.config)))
     prompts = [prompt_inputs(processor, question.image, question.prompt) for question in asked]
+    width, height = asked[0].image.size
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     n = prompts[0]["input_ids"].shape[1]
     _say(
-        console, f"zipvl demo: {len(asked)} held-out questions to the bundled {millions:.1f} M parameter LLaVA", "bold"
+        console,
+        f"zipvl demo: a LLaVA of {millions:.1f} M parameters answers {len(asked)} questions about handwritten digits "
+        f"that it was not trained on, in pictures of {width} x {height} pixels: prompts of {n} tokens.",
+        "bold",
     )
     # The prompts differ by a word or two: without dynamic=True, the models would compile for one length first.
-    result = _measure(console, setup, model, processor, prompts, prompts, MAX_NEW_TOKENS, dynamic=True)
+    models, result = _measure(console, setup, model, processor, prompts[:1], prompts, MAX_NEW_TOKENS, dynamic=True)
+    lengths = ["one word" if question.kind in SINGLE_TOKEN_KINDS else "several words" for question in asked]
     right = {
         name: [exact_match(a.text, question.answer) for a, question in zip(answers, asked, strict=True)]
         for name, answers in result.answers.items()
     }
-    console.print(tables.accuracy([question.kind for question in asked], right, result.same))
-    _print_costs(console, result)
+    console.print(tables.accuracy(lengths, right, result.same))
     console.print(tables.examples(list(result.answers), _examples(asked, result)))
+    _print_costs(console, result)
+    if any(row is not None and row[1] < 1 for row in result.kept_per_layer()):
+        _print_budgets(console, setup, model, list(models.values())[-1], processor, asked, prompts)
     # The question that needs the most patches shows best what is kept.
-    shown = max(range(len(asked)), key=lambda i: (asked[i].kind == "read_all", len(asked[i].answer)))
-    picture, question = asked[shown].image, _words(asked[shown])
-    _draw(console, setup, model, processor, prompts[shown], picture, question, result.sparse[shown])
-    _say(console, SMALL_MODEL.format(millions=millions, n=n))
-    differ = f"{len(result.same) - sum(result.same)} of {len(asked)} answers differ between dense and zipvl"
+    shown = max(range(len(asked)), key=lambda i: (result.same[i], asked[i].kind == "read_all", len(asked[i].answer)))
+    answers = {name: given[shown] for name, given in result.answers.items()}
+    question = _words(asked[shown])
+    _draw(console, setup, model, processor, prompts[shown], asked[shown].image, question, answers, asked[shown].cells)
+    _say(console, tables.won(result), "bold")
     if setup.options:
-        _say(console, f"{differ} with these options.")
-    elif result.agreement < LEAST_AGREEMENT:
-        agree = f"{result.agreement:.1%} agree, at least {LEAST_AGREEMENT:.0%} should"
-        _say(console, f"FAILED: {differ}: {agree}.", "bold red")
+        return 0
+    if result.agreement < LEAST_AGREEMENT:
+        agree = f"{result.agreement:.1%} of the answers agree, at least {LEAST_AGREEMENT:.0%} should"
+        _say(console, f"FAILED: {agree}.", "bold red")
         return 1
     return 0
 
@@ -129,13 +139,15 @@ def run_custom(
     inputs = prompt_inputs(processor, image, prompt, model.device)
     n = inputs["input_ids"].shape[1]
     _say(console, f"zipvl demo: {name} on {model.device}, a prompt of {n} tokens", "bold")
-    result = _measure(console, setup, model, processor, [inputs], [inputs] * REPEATS, max_new_tokens, dynamic=None)
-    for label, answers in result.answers.items():
+    _, result = _measure(console, setup, model, processor, [inputs], [inputs] * REPEATS, max_new_tokens, dynamic=None)
+    for label, given in result.answers.items():
         console.print(f"[bold]{label}[/bold] ", end="")
-        _say(console, answers[0].text)
+        _say(console, given[0].text)
     _say(console, "The answers are the same." if result.same[0] else "The answers differ.", "dim")
     _print_costs(console, result)
-    _draw(console, setup, model, processor, inputs, image, prompt, result.sparse[0])
+    answers = {label: given[0] for label, given in result.answers.items()}
+    _draw(console, setup, model, processor, inputs, image, prompt, answers)
+    _say(console, tables.won(result), "bold")
     return 0
 
 
@@ -148,7 +160,7 @@ def _measure(
     prompts: list,
     max_new_tokens: int,
     dynamic: bool | None,
-) -> Comparison:
+) -> tuple[dict[str, Any], Comparison]:
     """Compile dense, zipvl as it is by default, and zipvl with the chosen options; answer `prompts` with all."""
     models: dict[str, Any] = {}
 
@@ -177,7 +189,7 @@ def _measure(
             _say(console, f"          With these options, {dense}", "dim")
     with _progress(console) as progress:
         task = progress.add_task("answering in turns", total=len(prompts))
-        return compare(models, processor, prompts, max_new_tokens, lambda: progress.advance(task))
+        return models, compare(models, processor, prompts, max_new_tokens, lambda: progress.advance(task))
 
 
 def _say_options(console: Console, setup: Setup, name: str, options: dict[str, Any]) -> None:
@@ -204,6 +216,19 @@ def _print_costs(console: Console, result: Comparison) -> None:
     console.print(tables.costs(result))
 
 
+def _print_budgets(
+    console: Console, setup: Setup, model: Any, compiled: Any, processor: Any, asked: list[DemoQuestion], prompts: list
+) -> None:
+    few = slice(0, AT_BUDGETS)
+    draws = random_tokens(model, setup.inner)
+    with _progress(console) as progress:
+        task = progress.add_task("smaller budgets", total=2 * len(BUDGETS) * len(asked[few]))
+        found = at_budgets(
+            compiled, draws, processor, asked[few], prompts[few], MAX_NEW_TOKENS, lambda: progress.advance(task)
+        )
+    console.print(tables.budgets(found))
+
+
 def _examples(asked: list[DemoQuestion], result: Comparison) -> list[tuple[str, ...]]:
     """Return a few questions with the right answer and those of every model: those that differ, then one per kind."""
     rows: dict[str, tuple[str, ...]] = {}
@@ -225,19 +250,23 @@ def _draw(
     inputs: dict,
     image: Image.Image,
     question: str,
-    answer: Answer,
+    answers: Mapping[str, Answer],
+    cells: Sequence[tuple[int, int]] = (),
 ) -> None:
+    """Draw what the last of the answers was given with; `cells` are to be enlarged."""
+    answer = list(answers.values())[-1]
     kept = {layer: positions for layer, positions in enumerate(answer.kept) if positions is not None}
-    title = f"{question} {answer.text}\nWhat was dropped is pale."
     if not kept:
         _say(console, "No layer has a cache of which zipvl could keep a part: no picture.")
         return
+    said = "".join(f"\n{name}: {given.text}" for name, given in answers.items())
+    title = f"question: {question}{said}"
     view, grid = model_view(processor, inputs, image), patch_grid(model.config, inputs)
     if grid is None:
         draw_kept_strips(setup.output, view, kept, answer.prompt_length, title)
     else:
         where = image_positions(model.config, inputs)
-        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt_length, title)
+        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt_length, title, cells)
     _say(console, f"Which image patches each layer kept: {setup.output}")
 
 

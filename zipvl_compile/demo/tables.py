@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from zipvl_compile.demo.budgets import Budgeted
 from zipvl_compile.demo.compare import Comparison, medians
 
 
@@ -67,6 +68,31 @@ def costs(result: Comparison) -> Table:
     if None not in laters:
         row("decode: further token", list(laters), _ms)
     return table
+
+
+def budgets(found: Sequence[Budgeted]) -> Table:
+    """Right answers at given budgets, with chosen tokens and with random ones."""
+    table = _table("Right answers with fewer tokens", "kept by each layer", "chosen by zipvl", "as many random ones")
+    for row in found:
+        shares = (f"{sum(right)} of {len(right)}" for right in (row.chosen, row.drawn))
+        table.add_row(f"{row.share:.0%} of the prompt", *shares)
+    return table
+
+
+def won(result: Comparison) -> str:
+    """Return one line: what the last of the answers took, beside dense."""
+    (first, later), (first_now, later_now) = medians(result.dense), medians(result.sparse)
+    size, size_now = (mean(a.kv_allocated for a in answers) for answers in (result.dense, result.sparse))
+    parts = [f"prefill {_times(first, first_now, 'faster', 'slower')} ({_ms(first)} -> {_ms(first_now)})"]
+    if later is not None and later_now is not None:
+        parts.append(f"decode {_times(later, later_now, 'faster', 'slower')} ({_ms(later)} -> {_ms(later_now)})")
+    parts.append(f"KV cache {_times(size, size_now, 'smaller', 'larger')} ({_bytes(size)} -> {_bytes(size_now)})")
+    parts.append(f"{sum(result.same)} of {len(result.same)} answers the same")
+    return f"{list(result.answers)[-1]}: {', '.join(parts)}."
+
+
+def _times(before: float, now: float, better: str, worse: str) -> str:
+    return f"{before / now:.1f}x {better}" if now <= before else f"{now / before:.1f}x {worse}"
 
 
 def examples(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -9,7 +9,7 @@ import torch
 
 from zipvl_compile.kernels.common.autotune import bucket
 from zipvl_compile.options import ZipVLOptions
-from zipvl_compile.passes.cost_model import NEVER, break_even, seconds
+from zipvl_compile.passes.cost_model import NEVER, break_even, choice_below, seconds
 from zipvl_compile.passes.match.attention_site import AttentionShape
 from zipvl_compile.passes.settings import LeastTokens
 from zipvl_compile.report.machine import machine
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from zipvl_compile.report.explanation import Explanation
 
 # How much tau will keep is not known before the prompt is: sparse attention must pay at the one fraction, and cost
-# little more than dense attention if all is kept. Where that matters, attention is a third of prefill at most.
+# little more than dense attention if more is kept. Where that matters, attention is a third of prefill at most.
 EXPECTED_KEPT = 0.5
-WORST_LOSS = 0.1
+WORST_LOSS = 0.15
+#: Where no length was asked for: a layer that keeps this fraction of the tokens attends to all of them, if every token
+#: attends. What it costs more than a dense one is the choice.
+DENSE_FROM = 0.75
 
 
 def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
@@ -39,7 +42,8 @@ def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
         speed = machine(device, dtype)
         length = break_even(shape, speed, kept)
         if options.keep_ratio is None and options.keep_tokens is None:
-            length = max(length, break_even(shape, speed, 1.0, WORST_LOSS))
+            worst = DENSE_FROM if shape.every_query else 1.0
+            length = max(length, break_even(shape, speed, worst, WORST_LOSS), choice_below(shape, speed, WORST_LOSS))
         return length if length >= NEVER else bucket(length)
 
     return least

@@ -47,7 +47,7 @@ def test_explain_lists_every_layer(folder, picture):
 
 
 def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CHECKPOINT", folder)
+    monkeypatch.setattr(demo, "LARGE_CHECKPOINT", folder)
     output = tmp_path / "made" / "demo.png"
     # tau = 1 keeps every token, so even random weights must give the same answers.
     given = ("--tau", 1.0, "--option", "min_tokens=0", "--option", "queries=all")
@@ -63,7 +63,8 @@ def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
         "KV cache",
         "prefill",
         "decode",
-        "make bench",
+        "smaller (",
+        "4 of 4 answers the same.",
     ):
         assert text in " ".join(result.output.split()), text
     width, height = Image.open(output).size
@@ -142,7 +143,7 @@ def test_measure_without_a_place_is_an_error(tmp_path, monkeypatch):
 
 
 def test_missing_checkpoint_names_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    monkeypatch.setattr(demo, "LARGE_CHECKPOINT", tmp_path)
     fails_in_one_line(run("demo"), "make train")
 
 

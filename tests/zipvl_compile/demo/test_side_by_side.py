@@ -1,5 +1,6 @@
 """The demo on a tiny untrained LLaVA: what it says of both models, and when it fails."""
 
+import dataclasses
 import io
 
 import pytest
@@ -37,18 +38,19 @@ def test_beside_the_defaults_stands_what_they_do_not_show():
 
 @pytest.mark.parametrize(("options", "code"), [({}, 1), ({"tau": 0.8}, 0)], ids=["defaults", "options"])
 def test_different_answers_fail_only_where_nothing_was_asked_for(folder, tmp_path, monkeypatch, console, options, code):
-    monkeypatch.setattr(demo, "CHECKPOINT", folder)
+    monkeypatch.setattr(demo, "LARGE_CHECKPOINT", folder)
     monkeypatch.setattr(demo, "LEAST_AGREEMENT", 1.01)
     setup = Setup(options, inner="eager", output=tmp_path / "demo.png")
     assert demo.run_bundled(console, setup, questions=1) == code
     said = " ".join(console.export_text().split())
-    assert ("FAILED" in said) == bool(code) and "of 1 answers differ between dense and zipvl" in said
+    assert ("FAILED: 100.0% of the answers agree, at least 101%" in said) == bool(code)
+    assert "of 1 answers the same." in said and "10% of the prompt" in said and "as many random" in said
     assert '"inner": "eager"' in said and (tmp_path / "demo.png").exists()
     assert "By default, this prompt stays dense" in said and '"min_tokens": 0' in said
 
 
 def test_without_the_trained_model_the_remedy_is_named(tmp_path, monkeypatch, console):
-    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    monkeypatch.setattr(demo, "LARGE_CHECKPOINT", tmp_path)
     with pytest.raises(ValueError, match="make train"):
         demo.run_bundled(console, Setup())
 
@@ -78,11 +80,14 @@ def test_what_is_drawn_depends_on_whether_the_grid_is_known(monkeypatch, console
     answer = Answer("four", 7, [torch.tensor([0, 2]), None], 1, None, 1, 1)
     model = torch.nn.Module()
     model.config = None
-    demo._draw(console, Setup(), model, None, {}, Image.new("RGB", (4, 4)), "how many?", answer)
+    answers = {"dense": dataclasses.replace(answer, text="five"), "zipvl": answer}
+    demo._draw(console, Setup(), model, None, {}, Image.new("RGB", (4, 4)), "how many?", answers, [(0, 1)])
     ((name, given),) = drawn
     assert name == ("draw_kept_patches" if grid else "draw_kept_strips")
     assert list(given[2]) == [0], "layers of another kind are left out"
-    assert given[-2] == 7 and "four" in given[-1]
+    n, title = given[5:7] if grid else given[3:5]
+    assert n == 7 and title == "question: how many?\ndense: five\nzipvl: four"
+    assert not grid or given[7] == [(0, 1)]
 
 
 def test_examples_show_differences_first_and_one_of_each_kind():

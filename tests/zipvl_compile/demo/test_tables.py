@@ -11,6 +11,7 @@ pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo
 from rich.console import Console
 
 from zipvl_compile.demo import tables
+from zipvl_compile.demo.budgets import Budgeted
 from zipvl_compile.demo.compare import Answer, Comparison
 
 
@@ -69,6 +70,22 @@ def test_costs_with_their_ratios():
     )
     assert "decode" not in found, "one of them made no further token"
     assert max(map(len, found.splitlines())) <= 80
+
+
+def test_budgets_count_right_answers_with_chosen_and_with_random_tokens():
+    found = rows(tables.budgets([Budgeted(0.03, [True, True, False], [False, True, False])]))
+    assert ["3%", "of", "the", "prompt", "2", "of", "3", "1", "of", "3"] in found
+
+
+def test_what_was_won_is_one_line():
+    dense = [made((100,), 0.4, 0.010, 4_000_000), made((100,), 0.6, 0.010, 4_000_000)]
+    zipvl = [made((25,), 0.2, 0.012, 1_000_000), made((25,), 0.2, 0.012, 1_000_000)]
+    line = tables.won(Comparison({"dense": dense, "zipvl": zipvl}))
+    assert line == (
+        "zipvl: prefill 2.5x faster (500.0 ms -> 200.0 ms), decode 1.2x slower (10.0 ms -> 12.0 ms), "
+        "KV cache 4.0x smaller (8.0 MB -> 2.0 MB), 2 of 2 answers the same."
+    )
+    assert "decode" not in tables.won(RESULT), "one of them made no further token"
 
 
 def test_examples_fit_the_terminal_and_are_shown_as_they_are():

@@ -11,7 +11,7 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seconds
 from zipvl_compile.report import costs as module
 from zipvl_compile.report.compile_report import collect
-from zipvl_compile.report.costs import costs, least_tokens, multiply_adds, prefill_speedup
+from zipvl_compile.report.costs import DENSE_FROM, WORST_LOSS, costs, least_tokens, multiply_adds, prefill_speedup
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -40,14 +40,25 @@ def test_lengths_are_rounded_so_that_noise_decides_nothing(known):
 
 
 def test_a_tau_that_keeps_everything_costs_little(known):
-    """From the least length on, keeping all tokens by `tau` takes a tenth more than dense attention at most."""
+    """From the least length on, keeping all tokens by `tau` takes little more than dense attention."""
     length = least_tokens(ZipVLOptions(tau=0.975))(SHAPE, torch.float32, CPU)
     assert length > least_tokens(ZipVLOptions(keep_ratio=0.5))(SHAPE, torch.float32, CPU)
     for n in (length, 2 * length, 10 * length):
         dense, sparse = seconds(SHAPE, SLOW_SITE, n, 1.0)
-        assert sparse <= 1.1 * dense
+        assert sparse <= (1 + WORST_LOSS) * dense
     dense, sparse = seconds(SHAPE, SLOW_SITE, length // 2, 1.0)
-    assert sparse > 1.1 * dense
+    assert sparse > (1 + WORST_LOSS) * dense
+
+
+def test_where_every_query_attends_keeping_nearly_all_costs_the_choice_alone(known):
+    """Such a layer attends to all tokens (`dense_from`), so that shorter prompts are taken than by the cost of that."""
+    union = dataclasses.replace(SHAPE, every_query=True, local=68)
+    length = least_tokens(ZipVLOptions(tau=0.975))(union, torch.float32, CPU)
+    choice = dataclasses.replace(SLOW_SITE, attend=0.0, edge=0.0, byte=0.0)
+    dense, sparse = seconds(union, SLOW_SITE, length, DENSE_FROM)
+    assert sparse <= (1 + WORST_LOSS) * dense and seconds(union, choice, length, 1.0)[1] <= WORST_LOSS * dense
+    dense, sparse = seconds(union, SLOW_SITE, length, 1.0)
+    assert sparse > (1 + WORST_LOSS) * dense
 
 
 @pytest.mark.parametrize("options", [{"tau": 1.0}, {"keep_ratio": 1.0}])
@@ -69,6 +80,18 @@ def test_the_model_decides_for_each_prompt(monkeypatch, site, rewritten):
         compiled(min_tokens=None, policy="paper")(**inputs(text=20))
     sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
     assert sites and all(site.rewritten == rewritten for site in sites)
+
+
+@pytest.mark.parametrize("min_tokens", [None, 0])
+def test_a_layer_that_keeps_nearly_all_attends_to_all_unless_a_length_was_given(monkeypatch, min_tokens):
+    free = Machine(attend=1e-6, edge=1e-9, multiply=0.0, score=0.0, token=0.0, byte=0.0, site=0.0)
+    monkeypatch.setattr(module, "machine", lambda device, dtype: free)
+    monkeypatch.setattr(module, "WORST_LOSS", 9.0)
+    f, x = compiled(min_tokens=min_tokens, keep_ratio=0.8, policy="union", window=1, sinks=0), inputs(text=20)
+    with torch.no_grad(), collect() as reports:
+        got, expected = f(**x).logits, model()(**x).logits
+    assert any(site.rewritten for report in reports for site in report.sites if site.kind == "prefill")
+    assert torch.allclose(got, expected, atol=1e-5) == (min_tokens is None)
 
 
 def test_explain_predicts_every_layer(known):

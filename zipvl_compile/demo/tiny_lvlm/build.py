@@ -37,28 +37,30 @@ def context_length(canvas: Canvas) -> int:
 
 
 def build_config(canvas: Canvas = SMALL) -> LlavaConfig:
-    """A CLIP tower before a Llama of 4 layers with 4 query heads and 2 key-value heads.
+    """A CLIP tower before a Llama of 4 layers with 2 key-value heads.
 
-    The tower has 2 layers of 4 heads, or one of one head where a picture has thousands of patches: it stays dense, and
-    would take most of the time there.
+    Where a picture has thousands of patches, the tower has one layer of one head instead of 2 of 4, since it stays
+    dense and would take most of the time; the decoder has 8 query heads instead of 4, and positions turn more slowly.
     """
     ids, large = word_ids(canvas), canvas.tokens > 1024
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=64 if large else 96,
+        intermediate_size=512 if large else 256,
         num_hidden_layers=1 if large else 2,
         num_attention_heads=1 if large else 4,
         image_size=canvas.size,
         patch_size=CELL,
-        projection_dim=96,
+        projection_dim=64 if large else 96,
     )
     text = LlamaConfig(
         vocab_size=len(ids),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=8 if large else 4,
         num_key_value_heads=2,
+        head_dim=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6 if large else 1e4},
         max_position_embeddings=context_length(canvas),
         pad_token_id=ids[PAD],
         bos_token_id=ids[BOS],
@@ -97,6 +99,11 @@ def build_model(seed: int, canvas: Canvas = SMALL) -> LlavaForConditionalGenerat
             queries[:, 0] = keys
             layer.self_attn.o_proj.weight *= residual_scale
             layer.mlp.down_proj.weight *= residual_scale
+    if canvas.tokens > 1024:  # so that a row or a column is learnt once, and not for every cell
+        table = model.model.vision_tower.embeddings.position_embedding.weight
+        rows, columns = 0.2 * torch.randn(2, canvas.grid, table.shape[1])
+        with torch.no_grad():
+            table[1:] = (rows[:, None] + columns).flatten(0, 1)
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):
         torch.nn.init.xavier_uniform_(linear.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 CELL = 8  # pixels
 
@@ -36,5 +37,10 @@ class Canvas:
         return tuple(f"c{column + 1}" for column in range(self.grid))
 
 
-SMALL, LARGE = Canvas("small", 16), Canvas("large", 64)
+SMALL, LARGE = Canvas("small", 16), Canvas("large", 96)
 CANVASES = {canvas.name: canvas for canvas in (SMALL, LARGE)}
+
+
+def canvas_of(config: Any) -> Canvas:
+    """Return the canvas that a LLaVA of ``build`` sees, by its configuration."""
+    return next(canvas for canvas in CANVASES.values() if canvas.tokens == config.image_seq_length)

@@ -16,12 +16,16 @@ from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
 
 
 class DemoQuestion(NamedTuple):
-    """A picture, the text for the processor, the right answer as words, and the kind of the question."""
+    """A picture, the text for the processor, the right answer as words, the kind of the question, and where to look.
+
+    ``cells``: row and column of every digit, in cells of the canvas.
+    """
 
     image: Image.Image
     prompt: str
     answer: str
     kind: str
+    cells: tuple[tuple[int, int], ...] = ()
 
 
 def questions_for_demo(
@@ -33,7 +37,11 @@ def questions_for_demo(
         scene = draw_scene(rng, "held_out", canvas=canvas)
         question = ask(rng, scene.digits, kind)
         yield DemoQuestion(
-            Image.fromarray(scene.image), f"{IMAGE_TOKEN} {question.prompt}", question.answer, question.kind
+            Image.fromarray(scene.image),
+            f"{IMAGE_TOKEN} {question.prompt}",
+            question.answer,
+            question.kind,
+            tuple((one.row, one.column) for one in scene.digits),
         )
 
 

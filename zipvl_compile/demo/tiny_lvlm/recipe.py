@@ -16,7 +16,8 @@ class Recipe:
     Steps, images a batch and rates of each stage, and how many patches of a picture are in the sequence: from the
     first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``, but for
     ``full_whole`` and ``polish_whole`` of the steps, where all of them are.  Where ``vision_sees_all`` is false, only
-    those patches are drawn, and the vision tower sees no others.
+    those patches are drawn, and the vision tower sees no others.  ``sink_weight``, and after ``compact``
+    ``spread_weight``, are those of the two terms of ``resting`` in the loss.
     """
 
     canvas_name: str = SMALL.name
@@ -42,6 +43,8 @@ class Recipe:
     polish_patches: tuple[int, int] = (64, SMALL.tokens)
     polish_whole: float = 0.5
     vision_sees_all: bool = True
+    sink_weight: float = 0.0
+    spread_weight: float = 0.0
     report_split: Split = "held_out"
     questions_per_image: int = 24
     weight_decay: float = 0.05
@@ -68,20 +71,22 @@ def _weights(**weights: float) -> dict[str, float]:
 #: held-out digits before the end, so that no number here was chosen by them.
 LARGE_RECIPE = Recipe(
     canvas_name=LARGE.name,
-    align_steps=1000,
+    align_steps=2500,
     align_patches=256,
     compact_steps=3000,
     full_steps=600,
     full_batch=4,
     full_patches=(64, 1024),
     full_whole=0.0,
-    polish_steps=200,
+    polish_steps=120,
     polish_batch=2,
     polish_lr=5e-4,
     polish_patches=(1024, LARGE.tokens),
-    polish_whole=0.5,
+    polish_whole=0.15,
     polish_weights=_weights(),
     vision_sees_all=False,
+    sink_weight=0.02,
+    spread_weight=0.02,
     report_split="train",
 )
 RECIPES = {SMALL.name: Recipe(), LARGE.name: LARGE_RECIPE}

@@ -23,6 +23,7 @@ from zipvl_compile.demo.tiny_lvlm.batches import (
 from zipvl_compile.demo.tiny_lvlm.build import word_ids
 from zipvl_compile.demo.tiny_lvlm.questions import DIGIT_WORDS, EOS, KINDS, NOTHING
 from zipvl_compile.demo.tiny_lvlm.recipe import Recipe
+from zipvl_compile.demo.tiny_lvlm.resting import watching
 from zipvl_compile.demo.tiny_lvlm.scenes import (
     COLOUR_NAMES,
     MAX_DIGITS,
@@ -130,7 +131,7 @@ def compact(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[st
         packed = pack_questions(rng, scenes, recipe.questions_per_image, recipe.question_weights, with_hints=True)
         with torch.no_grad():
             features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
-        line = _answer_step(model, optimizer, features, kept, packed)
+        line = _answer_step(model, optimizer, features, kept, packed, recipe, rng)
         reports = _is_report(step, steps, every=250)
         yield f"{line}, {_packed_accuracy(model, recipe, kept.shape[1])}" if reports else None
 
@@ -174,7 +175,7 @@ def _whole_model(
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))
         packed = pack_questions(rng, scenes, recipe.questions_per_image, weights, with_hints=True)
         features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
-        line = _answer_step(model, optimizer, features, kept, packed)
+        line = _answer_step(model, optimizer, features, kept, packed, recipe, rng, recipe.spread_weight)
         reports = _is_report(step, steps, every=min(250, max(steps // 4, 1)))
         yield f"{line}, {_packed_accuracy(model, recipe, patches[1])}" if reports else None
 
@@ -185,12 +186,23 @@ def _answer_step(
     features: torch.Tensor,
     kept: torch.Tensor,
     packed: PackedQuestions,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    spread_weight: float = 0.0,
 ) -> str:
-    logits = answer_logits(model, features, kept, packed)
     labels = packed.labels[packed.labels != IGNORED]
-    loss = F.cross_entropy(logits, labels)
-    _update(optimizer, loss)
-    return f"loss {loss.item():.3f}, right {(logits.argmax(-1) == labels).float().mean():.3f}"
+    if recipe.sink_weight or spread_weight:
+        prefix = 1 + kept.shape[1]
+        with watching(model, rng, prefix, prefix + packed.ids.shape[1]) as watched:
+            logits = answer_logits(model, features, kept, packed)
+        loss, rest = F.cross_entropy(logits, labels), watched.loss(recipe.sink_weight, spread_weight)
+        said = f", {watched}"
+    else:
+        logits, said = answer_logits(model, features, kept, packed), ""
+        loss = F.cross_entropy(logits, labels)
+        rest = torch.zeros_like(loss)
+    _update(optimizer, loss + rest)
+    return f"loss {loss.item():.3f}, right {(logits.argmax(-1) == labels).float().mean():.3f}{said}"
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:

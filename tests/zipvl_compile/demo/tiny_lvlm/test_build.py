@@ -57,7 +57,7 @@ def test_a_large_canvas_has_as_many_tokens_as_cells():
     config, processor = build_config(LARGE), build_processor(LARGE)
     picture = Image.fromarray(draw_scene(np.random.default_rng(0), canvas=LARGE).image)
     inputs = processor(images=[picture], text=["<image> read all digits :"], return_tensors="pt")
-    assert (inputs["input_ids"] == config.image_token_index).sum() == config.image_seq_length == LARGE.tokens == 4096
+    assert (inputs["input_ids"] == config.image_token_index).sum() == config.image_seq_length == LARGE.tokens == 9216
     assert inputs["pixel_values"].shape[-2:] == (LARGE.size, LARGE.size)
     parameters = sum(weight.numel() for weight in build_model(0, LARGE).parameters())
     assert parameters * 4 < 10e6 and build_config(SMALL).image_seq_length == 256

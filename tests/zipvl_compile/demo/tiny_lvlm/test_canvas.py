@@ -8,5 +8,5 @@ def test_canvases():
     for canvas in (SMALL, LARGE):
         assert canvas.tokens == canvas.grid**2 == (canvas.size // CELL) ** 2
         assert (canvas.rows[0], canvas.columns[-1]) == ("r1", f"c{canvas.grid}")
-    assert (SMALL.tokens, LARGE.tokens) == (256, 4096)
+    assert (SMALL.tokens, LARGE.tokens) == (256, 9216)
     assert LARGE.rows[: SMALL.grid] == SMALL.rows

@@ -51,4 +51,4 @@ def test_the_command_takes_the_recipe_of_a_canvas(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--canvas", "large", "--seed", "3", "--resume"])
     module.main()
     assert asked == [(tmp_path, replace(RECIPES["large"], seed=3), True)]
-    assert asked[0][1].canvas.tokens == 4096
+    assert asked[0][1].canvas.tokens == 96 * 96
