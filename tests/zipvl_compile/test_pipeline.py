@@ -12,6 +12,7 @@ from zipvl_compile.callers import newest_rows_read
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.pipeline import PIPELINE, Row, rewrite, settings_of, without
+from zipvl_compile.report.costs import DENSE_FROM
 
 
 def traced(function, *inputs):
@@ -49,17 +50,19 @@ def test_every_option_of_the_method_reaches_the_passes():
     assert settings_of(ZipVLOptions(keep_tokens=9)).keep_tokens == 9
     assert settings.newest_rows_read is newest_rows_read, "the callers of a graph are asked"
     names = {field.name for field in dataclasses.fields(Settings)}
-    names -= {"newest_rows_read", "decoder_layers", "per_request"}
+    names -= {"newest_rows_read", "decoder_layers", "per_request", "dense_from"}
     assert names == {*chosen, "keep_ratio", "keep_tokens"}, "a new setting belongs into this test"
     assert names <= {field.name for field in dataclasses.fields(ZipVLOptions)}, "one name from the option to the pass"
 
 
 def test_defaults_are_the_papers():
     settings, plain = settings_of(ZipVLOptions()), Settings()
-    assert callable(settings.min_tokens), "the cost model decides"
+    assert callable(settings.min_tokens) and settings.dense_from == DENSE_FROM, "the cost model decides"
+    assert settings_of(ZipVLOptions(min_tokens=0)).dense_from == plain.dense_from == 1.0
     given = dataclasses.replace(
         settings,
         min_tokens=0,
+        dense_from=1.0,
         newest_rows_read=plain.newest_rows_read,
         decoder_layers=plain.decoder_layers,
         per_request=plain.per_request,
