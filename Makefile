@@ -84,6 +84,7 @@ kernels: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python -m zipvl_compile.demo.tiny_lvlm.train --out zipvl_compile/demo/tiny_lvlm/checkpoint
+	$(BIN)/python -m zipvl_compile.demo.tiny_lvlm.train --canvas large --out zipvl_compile/demo/tiny_lvlm/checkpoint_large
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -160,6 +160,35 @@ def rules() -> str:
     return "\n".join([*table, "", f"{said}. {next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
 
 
+def demo() -> str:
+    """Return what the demo measures, dense and zipvl, and how few tokens do."""
+    rows = latest("demo")
+    value = {
+        (bench, variant): {name: line["value"] for name, line in metrics.items()}
+        for (bench, _, variant), metrics in rows.items()
+    }
+    dense, zipvl = value["generate", "dense"], value["generate", "zipvl"]
+
+    def line(name: str, metric: str, shown: str, factor: float = 1.0) -> str:
+        cells = [shown.format(row[metric] * factor) for row in (dense, zipvl)]
+        return f"| {name} | {cells[0]} | {cells[1]} | {dense[metric] / zipvl[metric]:.1f}x |"
+
+    table = ["| | dense | zipvl | |", "|---|---|---|---|"]
+    table.append(line("prefill: picture to first word", "prefill", "{:.0f} ms"))
+    table.append(line("decode: each further word", "decode", "{:.1f} ms"))
+    table.append(line("KV cache, memory allocated", "kv_bytes", "{:.1f} MB", 1e-6))
+    right = [f"{row['right']:.0%}" for row in (dense, zipvl)]
+    table.append(f"| right answers | {right[0]} | {right[1]} | {zipvl['same']:.0%} the same |")
+    budgets = [variant.split()[1] for bench, variant in value if bench == "budget" and variant.startswith("chosen")]
+    parts = [
+        f"{float(share):.0%} of the tokens, {value['budget', f'chosen {share}']['right']:.0%} are right, and "
+        f"{value['budget', f'random {share}']['right']:.0%} with as many random ones"
+        for share in budgets
+    ]
+    case = next(iter(rows))[1]
+    return "\n".join([*table, "", f"With {'; with '.join(parts)}. By `generate`, {case}. {source(rows)}"])
+
+
 def _loss(m: dict[str, float], name: str) -> str:
     """Return how much a negative log-likelihood is above that of the dense model, in nats."""
     if f"{name}_minus_dense" not in m:
@@ -223,7 +252,7 @@ def render(text: str) -> str:
     """Return the README with its tables replaced."""
     for name, table in (
         ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
-        ("gpu", gpu), ("rules", rules),
+        ("gpu", gpu), ("rules", rules), ("demo", demo),
     ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)

@@ -110,19 +110,20 @@ def demo(
         options = _parse_options([*(option or []), *([] if tau is None else [f"tau={tau}"])])
         ZipVLOptions.parse({**options, "inner": inner})
 
-        from zipvl_compile.demo import side_by_side as demos
+        from zipvl_compile.demo.bundled import run_bundled
         from zipvl_compile.demo.prompts import read_image
+        from zipvl_compile.demo.side_by_side import Setup, run_custom
 
         _quiet()
-        setup, console = demos.Setup(options, inner, output), Console()
+        setup, console = Setup(options, inner, output), Console()
         if model is None:
             if image is not None:
                 raise ValueError("--image: expected together with --model, got it alone. Add --model NAME_OR_PATH.")
-            code = demos.run_bundled(console, setup, questions, seed)
+            code = run_bundled(console, setup, questions, seed)
         else:
             if image is None:
                 raise ValueError("--model: expected together with --image, got it alone. Add --image FILE.")
-            code = demos.run_custom(console, setup, model, read_image(image), prompt, max_new_tokens, device)
+            code = run_custom(console, setup, model, read_image(image), prompt, max_new_tokens, device)
     raise typer.Exit(code)
 
 

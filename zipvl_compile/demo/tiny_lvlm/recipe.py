@@ -16,8 +16,8 @@ class Recipe:
     Steps, images a batch and rates of each stage, and how many patches of a picture are in the sequence: from the
     first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``, but for
     ``full_whole`` and ``polish_whole`` of the steps, where all of them are.  Where ``vision_sees_all`` is false, only
-    those patches are drawn, and the vision tower sees no others.  ``sink_weight``, and after ``compact``
-    ``spread_weight``, are those of the two terms of ``resting`` in the loss.
+    those patches are drawn, and the vision tower sees no others.  ``compact_rest`` and its
+    like weigh the two terms of ``resting`` in the loss.
     """
 
     canvas_name: str = SMALL.name
@@ -31,20 +31,21 @@ class Recipe:
     compact_batch: int = 16
     compact_lr: float = 2e-3
     compact_patches: tuple[int, int] = (10, 64)
+    compact_rest: tuple[float, float] = (0.0, 0.0)
     full_steps: int = 3000
     full_batch: int = 8
     full_lr: float = 1e-3
     full_vision_share: float = 0.2  # of the rate
     full_patches: tuple[int, int] = (64, SMALL.tokens)
     full_whole: float = 0.5
+    full_rest: tuple[float, float] = (0.0, 0.0)
     polish_steps: int = 2000
     polish_batch: int = 8
     polish_lr: float = 6e-4
     polish_patches: tuple[int, int] = (64, SMALL.tokens)
     polish_whole: float = 0.5
+    polish_rest: tuple[float, float] = (0.0, 0.0)
     vision_sees_all: bool = True
-    sink_weight: float = 0.0
-    spread_weight: float = 0.0
     report_split: Split = "held_out"
     questions_per_image: int = 24
     weight_decay: float = 0.05
@@ -74,19 +75,20 @@ LARGE_RECIPE = Recipe(
     align_steps=2500,
     align_patches=256,
     compact_steps=3000,
-    full_steps=600,
+    compact_rest=(0.02, 0.0),
+    full_steps=400,
     full_batch=4,
     full_patches=(64, 1024),
     full_whole=0.0,
-    polish_steps=120,
+    full_rest=(0.1, 0.03),
+    polish_steps=80,
     polish_batch=2,
     polish_lr=5e-4,
     polish_patches=(1024, LARGE.tokens),
-    polish_whole=0.15,
+    polish_whole=0.1,
+    polish_rest=(0.2, 0.05),
     polish_weights=_weights(),
     vision_sees_all=False,
-    sink_weight=0.02,
-    spread_weight=0.02,
     report_split="train",
 )
 RECIPES = {SMALL.name: Recipe(), LARGE.name: LARGE_RECIPE}

@@ -131,7 +131,7 @@ def compact(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[st
         packed = pack_questions(rng, scenes, recipe.questions_per_image, recipe.question_weights, with_hints=True)
         with torch.no_grad():
             features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
-        line = _answer_step(model, optimizer, features, kept, packed, recipe, rng)
+        line = _answer_step(model, optimizer, features, kept, packed, recipe.compact_rest, rng)
         reports = _is_report(step, steps, every=250)
         yield f"{line}, {_packed_accuracy(model, recipe, kept.shape[1])}" if reports else None
 
@@ -162,8 +162,8 @@ def _whole_model(
     weights: dict[str, float],
 ) -> Iterator[str | None]:
     rng = np.random.default_rng([recipe.seed, number])
-    steps, batch, rate, patches, whole = (
-        getattr(recipe, f"{stage}_{name}") for name in ("steps", "batch", "lr", "patches", "whole")
+    steps, batch, rate, patches, whole, rest = (
+        getattr(recipe, f"{stage}_{name}") for name in ("steps", "batch", "lr", "patches", "whole", "rest")
     )
     vision = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     groups = [(_language_parameters(model), rate), (vision, rate * recipe.full_vision_share)]
@@ -175,7 +175,7 @@ def _whole_model(
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))
         packed = pack_questions(rng, scenes, recipe.questions_per_image, weights, with_hints=True)
         features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
-        line = _answer_step(model, optimizer, features, kept, packed, recipe, rng, recipe.spread_weight)
+        line = _answer_step(model, optimizer, features, kept, packed, rest, rng)
         reports = _is_report(step, steps, every=min(250, max(steps // 4, 1)))
         yield f"{line}, {_packed_accuracy(model, recipe, patches[1])}" if reports else None
 
@@ -186,22 +186,21 @@ def _answer_step(
     features: torch.Tensor,
     kept: torch.Tensor,
     packed: PackedQuestions,
-    recipe: Recipe,
+    rest: tuple[float, float],
     rng: np.random.Generator,
-    spread_weight: float = 0.0,
 ) -> str:
     labels = packed.labels[packed.labels != IGNORED]
-    if recipe.sink_weight or spread_weight:
+    if any(rest):
         prefix = 1 + kept.shape[1]
         with watching(model, rng, prefix, prefix + packed.ids.shape[1]) as watched:
             logits = answer_logits(model, features, kept, packed)
-        loss, rest = F.cross_entropy(logits, labels), watched.loss(recipe.sink_weight, spread_weight)
-        said = f", {watched}"
+        loss = F.cross_entropy(logits, labels)
+        added, said = watched.loss(*rest), f", {watched}"
     else:
         logits, said = answer_logits(model, features, kept, packed), ""
         loss = F.cross_entropy(logits, labels)
-        rest = torch.zeros_like(loss)
-    _update(optimizer, loss + rest)
+        added = torch.zeros_like(loss)
+    _update(optimizer, loss + added)
     return f"loss {loss.item():.3f}, right {(logits.argmax(-1) == labels).float().mean():.3f}{said}"
 
 

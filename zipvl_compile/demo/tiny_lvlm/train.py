@@ -11,15 +11,17 @@ Four stages, for the small canvas about 70 minutes on one CPU core:
 * ``full``: everything, half of the steps on whole images and half on images with a random number of
   background patches left out.  Of the large canvas the sequences grow here to a thousand patches.
 * ``polish``: the same again at a smaller rate, with more of the questions that are still weak; of the
-  large canvas, half of the steps on whole images.
+  large canvas on a thousand patches or more, some steps on whole images.
 
 In all question stages the word that a question turns on ("red" in "what digit is red ?") is asked for
 the answer too; without that hint it takes far longer until the last word of the prompt learns to look
 both at that word and at the picture.
 
 No stage knows anything of token selection inside a layer: attention is dense over whatever the
-sequence holds.  Every stage has its own seed, and ``--resume`` skips the stages already finished under
-``DIR``.  The shipped checkpoint was trained with ``--threads 1``; other thread counts round differently.
+sequence holds.  On the large canvas the loss has rows that look for nothing rest on ``<bos>``, as those of
+pretrained models do: see ``resting``.  Every stage has its own seed, and ``--resume`` skips the stages
+already finished under ``DIR``.  The shipped checkpoint of the small canvas was trained with ``--threads 1``;
+other thread counts round differently.
 """
 
 import argparse
