@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from zipvl_compile.kernels.common.checks import per_head
-from zipvl_compile.kernels.common.log_sum_exp import joined, only, with_lse
+from zipvl_compile.kernels.common.log_sum_exp import added, joined, only, with_lse
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.masks import visible as shown_by
 from zipvl_compile.kernels.near_keys import NearKeys
@@ -45,10 +45,13 @@ def attend_every_row_torch(
         inside = of_column & (near.column >= starts[:, None, None]) & (near.column <= near.row)
         inside[..., inside.shape[4] - sinks.shape[1] :] = False
         shown = shown | inside
+    if mask is None:
+        shown = added(shown, q.dtype)  # once, and not block by block
+    none_blind = mask is None and is_causal  # a row sees itself, which is in its slice
     for i, block in enumerate(near.blocks(shown, mask)):
         p = most[i]
         rows = slice(block.rows.start - older, block.rows.stop - older)
-        result = with_lse(q[:, :, rows], block.k, block.v, block.mask, False, scale, softcap)
+        result = with_lse(q[:, :, rows], block.k, block.v, block.mask, False, scale, softcap, none_blind)
         if p == 0:
             out[:, :, rows] = result[0]
             continue

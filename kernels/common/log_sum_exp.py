@@ -24,11 +24,12 @@ def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool,
-    scale: float | None, softcap: float | None,
+    scale: float | None, softcap: float | None, none_blind: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return `dense_attention` and the log of the sum of its exponentials, `[B, Hq, m, 1]` in fp32 (fp64 for fp64).
 
-    A query that sees nothing gets zeros and the lowest finite number. `is_causal` may come beside `mask`.
+    A query that sees nothing gets zeros and the lowest finite number; `none_blind` says that there is none. `is_causal`
+    may come beside `mask`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     lowest, scale = torch.finfo(dtype).min, q.shape[3] ** -0.5 if scale is None else scale
@@ -44,7 +45,7 @@ def with_lse(
             same[0] = same[0].reshape(q.shape[0], k.shape[1], -1, widest)
         out, lse = FLASH_ON_CPU(*same, 0.0, is_causal and mask is None, attn_mask=bias, scale=scale)
         out, lse = (x.reshape(*q.shape[:3], -1) for x in (out, lse))
-        if mask is not None:
+        if mask is not None and not none_blind:
             lse = lse.masked_fill(~shown_by(mask).any(-1, keepdim=True), lowest)
         return out[..., : v.shape[3]], lse
     factor, parts = q.shape[1] // k.shape[1], []

@@ -28,9 +28,9 @@ def test_early_kept_tokens_take_no_mask_in_one_sample(cases, monkeypatch):
     masks = []
     attend = every_row_torch.with_lse
 
-    def seen(q, k, v, mask, *options):
+    def seen(q, k, v, mask, *options, **others):
         masks.append((k.shape[2], mask is not None))
-        return attend(q, k, v, mask, *options)
+        return attend(q, k, v, mask, *options, **others)
 
     monkeypatch.setattr(every_row_torch, "with_lse", seen)
     q, k, v = cases.qkv(n=512, heads="mqa", dim=8)
