@@ -169,7 +169,7 @@ def _whole_model(
     groups = [(_language_parameters(model), rate), (vision, rate * recipe.full_vision_share)]
     optimizer = _optimizer(recipe, groups)
     for step in range(steps):
-        _set_rate(optimizer, step, steps, warmup=50)
+        _set_rate(optimizer, step, steps, warmup=min(50, max(steps // 8, 1)))
         scenes = _scenes(recipe, rng, batch, MIN_DIGITS, MAX_DIGITS)
         of_all = int((step + 1) * whole) > int(step * whole)
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))

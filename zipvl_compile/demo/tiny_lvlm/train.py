@@ -72,7 +72,7 @@ def save(model: LlavaForConditionalGeneration, out: Path, recipe: Recipe, minute
     model.eval().save_pretrained(out)
     processor = build_processor(recipe.canvas)
     processor.save_pretrained(out)
-    count = 1800 if recipe.canvas == SMALL else 360
+    count = 1800 if recipe.canvas == SMALL else 90
     questions = questions_for_demo(count, seed=999, canvas=recipe.canvas)
     accuracy = summary(accuracy_per_kind(model, processor, questions, 32 if recipe.canvas == SMALL else 4))
     record = {
