@@ -89,15 +89,16 @@ def ask_bundled(console: Console, setup: Setup, questions: int, seed: int = 0) -
     }
     lengths = ["one word" if question.kind in SINGLE_TOKEN_KINDS else "several words" for question in asked]
     console.print(tables.accuracy(lengths, right, result.same))
-    console.print(tables.examples(list(result.answers), _examples(asked, result)))
+    console.print(tables.examples(list(result.answers), _examples(asked, result, right["dense"])))
     console.print(tables.kept(result))
     console.print(tables.costs(result))
     budgets = []
     if any(row is not None and row[1] < 1 for row in result.kept_per_layer()):
         budgets = _budgets(console, setup, model, list(models.values())[-1], processor, asked, prompts)
         console.print(tables.budgets(budgets))
-    # The question that needs the most patches shows best what is kept.
-    shown = max(range(len(asked)), key=lambda i: (result.same[i], asked[i].kind == "read_all", len(asked[i].answer)))
+    # A right answer that needs the most patches shows best what is kept.
+    by = list(zip(right["dense"], result.same, (len(one.answer.split()) for one in asked), strict=True))
+    shown = max(range(len(asked)), key=lambda i: (*by[i], asked[i].kind == "read_all"))
     answers = {name: given[shown] for name, given in result.answers.items()}
     one = asked[shown]
     draw(console, setup, model, processor, prompts[shown], one.image, _words(one), answers, one.cells)
@@ -117,10 +118,14 @@ def _budgets(
         )
 
 
-def _examples(asked: list[DemoQuestion], result: Comparison) -> list[tuple[str, ...]]:
-    """Return a few questions with the right answer and those of every model: those that differ, then one per kind."""
+def _examples(asked: list[DemoQuestion], result: Comparison, right: list[bool]) -> list[tuple[str, ...]]:
+    """Return a few questions with the right answer and those of every model.
+
+    First those that differ, then one of each kind, which dense answered rightly if it did so with any.
+    """
     rows: dict[str, tuple[str, ...]] = {}
-    for i, question in enumerate(asked):
+    for i in sorted(range(len(asked)), key=lambda i: not right[i]):
+        question = asked[i]
         row = (_words(question), question.answer, *(answers[i].text for answers in result.answers.values()))
         rows.setdefault(question.kind if result.same[i] else f"differs {len(rows)}", row)
     return sorted(rows.values(), key=lambda row: row[2] == row[-1])[:EXAMPLES]

@@ -46,5 +46,6 @@ def test_examples_show_differences_first_and_one_of_each_kind():
     kinds = ["count", "count", "colour", "read"]
     asked = [DemoQuestion(None, f"<image> q{i}", "right", kind) for i, kind in enumerate(kinds)]
     dense, sparse = ([answered(text) for text in texts] for texts in ("aaab", "aaac"))
-    rows = demo._examples(asked, Comparison({"dense": dense, "zipvl": dense, "chosen": sparse}))
-    assert rows == [("q3", "right", "b", "b", "c"), ("q0", "right", "a", "a", "a"), ("q2", "right", "a", "a", "a")]
+    result = Comparison({"dense": dense, "zipvl": dense, "chosen": sparse})
+    rows = demo._examples(asked, result, [False, True, False, False])
+    assert rows == [("q3", "right", "b", "b", "c"), ("q1", "right", "a", "a", "a"), ("q2", "right", "a", "a", "a")]

@@ -74,7 +74,7 @@ def save(model: LlavaForConditionalGeneration, out: Path, recipe: Recipe, minute
     processor.save_pretrained(out)
     count = 1800 if recipe.canvas == SMALL else 90
     questions = questions_for_demo(count, seed=999, canvas=recipe.canvas)
-    accuracy = summary(accuracy_per_kind(model, processor, questions, 32 if recipe.canvas == SMALL else 4))
+    accuracy = summary(accuracy_per_kind(model, processor, questions, 32 if recipe.canvas == SMALL else 1))
     record = {
         "recipe": asdict(recipe),
         "minutes_per_stage": minutes,

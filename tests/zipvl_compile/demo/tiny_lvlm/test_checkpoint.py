@@ -1,24 +1,28 @@
-"""The checkpoint that is shipped."""
+"""The checkpoints that are shipped."""
 
+import json
 import warnings
+from dataclasses import asdict
 
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytest.importorskip("sklearn", reason="the handwritten digits come from scikit-learn")
 
-from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
-from zipvl_compile.demo.tiny_lvlm.build import word_ids
-from zipvl_compile.demo.tiny_lvlm.canvas import SMALL
+from zipvl_compile.demo.tiny_lvlm import CHECKPOINT, LARGE_CHECKPOINT
+from zipvl_compile.demo.tiny_lvlm.build import build_config, word_ids
+from zipvl_compile.demo.tiny_lvlm.canvas import LARGE, SMALL, canvas_of
 from zipvl_compile.demo.tiny_lvlm.evaluate import exact_match, questions_for_demo
 from zipvl_compile.demo.tiny_lvlm.questions import EOS
+from zipvl_compile.demo.tiny_lvlm.recipe import RECIPES
 
 
-def test_checkpoint_loads_without_warnings(capfd):
+@pytest.mark.parametrize(("folder", "canvas"), [(CHECKPOINT, SMALL), (LARGE_CHECKPOINT, LARGE)], ids=["small", "large"])
+def test_checkpoint_loads_without_warnings(capfd, folder, canvas):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        AutoProcessor.from_pretrained(CHECKPOINT)
-        model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+        AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder)
     printed = "".join(capfd.readouterr())
     assert not any(
         word in printed.lower() for word in ("warning", "missing", "unexpected", "deprecated", "newly initialized")
@@ -26,8 +30,13 @@ def test_checkpoint_loads_without_warnings(capfd):
     assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert model.config.text_config.num_key_value_heads < model.config.text_config.num_attention_heads
     assert not model.generation_config.do_sample
-    assert model.generation_config.eos_token_id == word_ids(SMALL)[EOS]
-    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 10e6
+    assert model.generation_config.eos_token_id == word_ids(canvas)[EOS]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    assert model.config.to_dict().keys() == build_config(canvas).to_dict().keys() and canvas_of(model.config) == canvas
+    recorded = json.loads((folder / "training.json").read_text())["recipe"]
+    expected = json.loads(json.dumps(asdict(RECIPES[canvas.name])))
+    shared = recorded.keys() & expected.keys()  # some were named otherwise when the small one was trained
+    assert len(shared) > 12 and [recorded[name] for name in shared] == [expected[name] for name in shared]
 
 
 def test_processor_expands_the_image(processor):
