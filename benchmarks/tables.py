@@ -180,13 +180,12 @@ def demo() -> str:
     right = [f"{row['right']:.0%}" for row in (dense, zipvl)]
     table.append(f"| right answers | {right[0]} | {right[1]} | {zipvl['same']:.0%} the same |")
     budgets = [variant.split()[1] for bench, variant in value if bench == "budget" and variant.startswith("chosen")]
-    parts = [
-        f"{float(share):.0%} of the tokens, {value['budget', f'chosen {share}']['right']:.0%} are right, and "
-        f"{value['budget', f'random {share}']['right']:.0%} with as many random ones"
-        for share in budgets
-    ]
-    case = next(iter(rows))[1]
-    return "\n".join([*table, "", f"With {'; with '.join(parts)}. By `generate`, {case}. {source(rows)}"])
+    parts, asked = [], value["budget", f"chosen {budgets[0]}"]["questions"]
+    for share in budgets:
+        chosen, drawn = (value["budget", f"{name} {share}"]["right"] * asked for name in ("chosen", "random"))
+        parts.append(f"{chosen:.0f} with {float(share):.0%} of the tokens ({drawn:.0f} with as many random ones)")
+    said = f"Of {asked:.0f} questions, it answers rightly {', '.join(parts)}."
+    return "\n".join([*table, "", f"{said} By `generate`, {next(iter(rows))[1]}. {source(rows)}"])
 
 
 def _loss(m: dict[str, float], name: str) -> str:

@@ -30,7 +30,6 @@ def test_the_bundled_model_by_generate(benchmark):
         for name, right in (("chosen", row.chosen), ("random", row.drawn)):
             metrics = {"right": (mean(right), "fraction"), "questions": (len(right), "answers")}
             report("demo", "budget", _case(found), f"{name} {row.share}", **metrics)
-    assert found.result.agreement >= 0.98
 
 
 def _case(found: Bundled) -> str:
