@@ -131,10 +131,14 @@ def _decode_attention(x: Arguments) -> int:
 def _window_attention(x: Arguments) -> int:
     """Kept rows see kept keys, with `kept_window` local ones too; other rows see local ones, padding among them.
 
-    With queries="all" every row is as a kept one. The first KV head stands for all: they keep equally many.
+    With queries="all" every row is as a kept one, and sees all where enough are kept. The first KV head stands for all:
+    they keep equally many.
     """
     kept, every = x["positions"][:, 0], x["queries"] == "all"
     columns = _all_rows(x["k"])
+    whole = x["mask"] is None and x["q"].shape[2] == columns.shape[1]
+    if every and whole and kept.shape[1] >= x["dense_from"] * columns.shape[1]:
+        return _flops(x["q"], x["v"], columns, columns, x["is_causal"], None)
     rows = columns[:, -x["q"].shape[2] :]
     back = rows[0, :, None] - columns[0]  # [m, n], how far back a key is
     local = ((back >= 0) & ((back < x["window"]) | (columns < x["sinks"]))).expand(len(kept), -1, -1)

@@ -104,11 +104,15 @@ def test_decode_attention_counts_cached_tokens():
 def test_window_attention_counts_neighbours_once(kept_window, queries, sinks, pairs):
     q, k, v = qkv()
     given = {"q": q, "k": k, "v": v, "positions": KEPT, "mask": None, "is_causal": True, "window": 2}
+    given["dense_from"] = 1.0
     rule = {"sinks": sinks, "kept_window": kept_window, "queries": queries}
     assert FORMULAS["zipvl::window_attention"](given | rule) == pairs * HEADS * 2 * (D + DV)
     if queries == "all":
         last = given | rule | {"q": q[:, :, -2:]}
         assert FORMULAS["zipvl::window_attention"](last) == (4 + 4) * HEADS * 2 * (D + DV)
+        for some, whole in ((given | rule, 21), (last, 4 + 4)):  # 3 of 6 tokens are kept
+            found = FORMULAS["zipvl::window_attention"](some | {"dense_from": 0.5})
+            assert found == whole * HEADS * 2 * (D + DV)
 
 
 def test_heads_of_a_mask_count_one_by_one():
