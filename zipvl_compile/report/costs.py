@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from zipvl_compile.report.explanation import Explanation
 
 # How much tau will keep is not known before the prompt is: sparse attention must pay at the one fraction, and cost
-# little more than dense attention if more is kept. Where that matters, attention is a third of prefill at most.
+# little more than dense attention if all is kept. Where that matters, attention is a third of prefill at most.
 EXPECTED_KEPT = 0.5
-WORST_LOSS = 0.15
-#: Where no length was asked for: a layer that keeps this fraction of the tokens attends to all of them, if every token
-#: attends. What it costs more than a dense one is the choice.
+WORST_LOSS = 0.1
+#: Where no length was asked for: `window_attention` attends to all tokens from this fraction kept on, where every query
+#: attends and no mask is in memory. What that costs more than a dense layer is the choice, a part of dense attention.
 DENSE_FROM = 0.75
+MOST_CHOICE = 0.15
 
 
 def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
@@ -42,8 +43,10 @@ def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
         speed = machine(device, dtype)
         length = break_even(shape, speed, kept)
         if options.keep_ratio is None and options.keep_tokens is None:
-            worst = DENSE_FROM if shape.every_query else 1.0
-            length = max(length, break_even(shape, speed, worst, WORST_LOSS), choice_below(shape, speed, WORST_LOSS))
+            worst = 1.0
+            if shape.every_query and shape.local and not shape.sparse_mask:
+                worst, length = DENSE_FROM, max(length, choice_below(shape, speed, MOST_CHOICE))
+            length = max(length, break_even(shape, speed, worst, WORST_LOSS))
         return length if length >= NEVER else bucket(length)
 
     return least

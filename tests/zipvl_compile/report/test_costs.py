@@ -11,7 +11,15 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.cost_model import NEVER, AttentionShape, Machine, seconds
 from zipvl_compile.report import costs as module
 from zipvl_compile.report.compile_report import collect
-from zipvl_compile.report.costs import DENSE_FROM, WORST_LOSS, costs, least_tokens, multiply_adds, prefill_speedup
+from zipvl_compile.report.costs import (
+    DENSE_FROM,
+    MOST_CHOICE,
+    WORST_LOSS,
+    costs,
+    least_tokens,
+    multiply_adds,
+    prefill_speedup,
+)
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -56,9 +64,18 @@ def test_where_every_query_attends_keeping_nearly_all_costs_the_choice_alone(kno
     length = least_tokens(ZipVLOptions(tau=0.975))(union, torch.float32, CPU)
     choice = dataclasses.replace(SLOW_SITE, attend=0.0, edge=0.0, byte=0.0)
     dense, sparse = seconds(union, SLOW_SITE, length, DENSE_FROM)
-    assert sparse <= (1 + WORST_LOSS) * dense and seconds(union, choice, length, 1.0)[1] <= WORST_LOSS * dense
+    assert sparse <= (1 + WORST_LOSS) * dense and seconds(union, choice, length, 1.0)[1] <= MOST_CHOICE * dense
     dense, sparse = seconds(union, SLOW_SITE, length, 1.0)
     assert sparse > (1 + WORST_LOSS) * dense
+
+
+@pytest.mark.parametrize("others", [{"local": 0}, {"local": 68, "sparse_mask": True}], ids=["no window", "mask"])
+def test_what_cannot_attend_to_all_must_pay_with_all_kept(known, others):
+    """Without a window it is another operator, and a mask in memory keeps it from doing so."""
+    shape = dataclasses.replace(SHAPE, every_query=True, **others)
+    length = least_tokens(ZipVLOptions(tau=0.975))(shape, torch.float32, CPU)
+    dense, sparse = seconds(shape, SLOW_SITE, length, 1.0)
+    assert sparse <= (1 + WORST_LOSS) * dense
 
 
 @pytest.mark.parametrize("options", [{"tau": 1.0}, {"keep_ratio": 1.0}])

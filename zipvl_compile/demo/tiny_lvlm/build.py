@@ -42,7 +42,7 @@ def build_config(canvas: Canvas = SMALL) -> LlavaConfig:
     Where a picture has thousands of patches, the tower has one layer of one head instead of 2 of 4, since it stays
     dense and would take most of the time; the decoder has 8 query heads instead of 4, and positions turn more slowly.
     """
-    ids, large = word_ids(canvas), canvas.tokens > 1024
+    ids, large = word_ids(canvas), canvas.is_large
     vision = CLIPVisionConfig(
         hidden_size=64 if large else 96,
         intermediate_size=512 if large else 256,
@@ -99,7 +99,7 @@ def build_model(seed: int, canvas: Canvas = SMALL) -> LlavaForConditionalGenerat
             queries[:, 0] = keys
             layer.self_attn.o_proj.weight *= residual_scale
             layer.mlp.down_proj.weight *= residual_scale
-    if canvas.tokens > 1024:  # so that a row or a column is learnt once, and not for every cell
+    if canvas.is_large:  # so that a row or a column is learnt once, and not for every cell
         table = model.model.vision_tower.embeddings.position_embedding.weight
         rows, columns = 0.2 * torch.randn(2, canvas.grid, table.shape[1])
         with torch.no_grad():

@@ -26,6 +26,11 @@ class Canvas:
         """Image tokens."""
         return self.grid**2
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a picture has thousands of patches, for which the model is built otherwise."""
+        return self.tokens > 1024
+
     @cached_property
     def rows(self) -> tuple[str, ...]:
         """The words for its rows, from the top."""
