@@ -200,5 +200,6 @@ def test_a_cache_handed_in_empty_is_filled_and_can_be_used_again():
     cache = DynamicCache(config=f.config.get_text_config())
     for _ in range(2):
         with torch.no_grad():
-            assert torch.equal(f(**x, **as_argument(cache), use_cache=True).logits, expected)
+            # each with a graph that is there by then: their sums may round otherwise
+            torch.testing.assert_close(f(**x, **as_argument(cache), use_cache=True).logits, expected)
         cache.reset()

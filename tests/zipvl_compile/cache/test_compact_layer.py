@@ -129,7 +129,10 @@ def test_reset_empties_the_cache_for_another_prompt():
     assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
     with torch.no_grad():
         again = f(**x, **as_argument(cache), use_cache=True)
-    assert torch.equal(again.logits, fresh.logits)
+    # another graph than the first prompt ran through, of dynamic shapes: its sums may round otherwise
+    torch.testing.assert_close(again.logits, fresh.logits)
+    for now, then in zip(cache.layers, cache_of(fresh).layers, strict=True):
+        assert torch.equal(now.positions, then.positions)
 
 
 BAD_STATES = {
