@@ -1,5 +1,6 @@
 """How tests are spread over processes, Triton's interpreter for machines that have no GPU, and what tests share."""
 
+import gc
 import os
 import sys
 from importlib.machinery import ModuleSpec
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config
+import torch._dynamo.guards
 
 # Read by Triton when a kernel is defined, so before the first import of one.
 if not torch.cuda.is_available():
@@ -18,6 +21,16 @@ for name in ("support", "families"):
     spec = ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(Path(__file__).parent / name)]
     sys.modules[name] = module_from_spec(spec)
+
+# A fifth of the time of a compilation, most of what the tests do: descriptions of side effects that no one reads, a
+# measurement of guards for which the processor's caches are flushed, and garbage sought among millions of live objects.
+for owner, name, value in (
+    (torch._dynamo.config, "side_effect_replay_policy", "silent"),
+    (torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0),
+):
+    if hasattr(owner, name):
+        setattr(owner, name, value)
+gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ class Recipe:
     first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``, but for
     ``full_whole`` and ``polish_whole`` of the steps, where all of them are.  Where ``vision_sees_all`` is false, only
     those patches are drawn, and the vision tower sees no others.  ``compact_rest`` and its
-    like weigh the two terms of ``resting`` in the loss.
+    like weigh the three terms of ``resting`` in the loss.
     """
 
     canvas_name: str = SMALL.name
@@ -31,24 +31,25 @@ class Recipe:
     compact_batch: int = 16
     compact_lr: float = 2e-3
     compact_patches: tuple[int, int] = (10, 64)
-    compact_rest: tuple[float, float] = (0.0, 0.0)
+    compact_rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
     full_steps: int = 3000
     full_batch: int = 8
     full_lr: float = 1e-3
     full_vision_share: float = 0.2  # of the rate
     full_patches: tuple[int, int] = (64, SMALL.tokens)
     full_whole: float = 0.5
-    full_rest: tuple[float, float] = (0.0, 0.0)
+    full_rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
     polish_steps: int = 2000
     polish_batch: int = 8
     polish_lr: float = 6e-4
     polish_patches: tuple[int, int] = (64, SMALL.tokens)
     polish_whole: float = 0.5
-    polish_rest: tuple[float, float] = (0.0, 0.0)
+    polish_rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
     vision_sees_all: bool = True
     report_split: Split = "held_out"
     questions_per_image: int = 24
     weight_decay: float = 0.05
+    muon: float = 0.0  # rate of matrices inside layers as a multiple of the others': see ``optimizer``
     question_weights: dict[str, float] = field(
         default_factory=lambda: _weights(
             colour_to_column=1.5, count_digit=1.5, count_all=0.5, read_all=2.0, read_colours=1.5
@@ -75,19 +76,20 @@ LARGE_RECIPE = Recipe(
     align_steps=2500,
     align_patches=256,
     compact_steps=3000,
-    compact_rest=(0.02, 0.0),
-    full_steps=1000,
+    compact_rest=(0.02, 0.0, 0.0),
+    full_steps=1500,
     full_batch=4,
     full_patches=(64, 1024),
     full_whole=0.0,
-    full_rest=(0.1, 0.03),
+    full_rest=(0.1, 0.05, 0.03),
     polish_steps=60,
     polish_batch=2,
     polish_lr=5e-4,
     polish_patches=(1024, 4096),
     polish_whole=0.1,
-    polish_rest=(0.5, 0.3),
+    polish_rest=(0.5, 0.2, 0.3),
     polish_weights=_weights(),
+    muon=3.0,
     vision_sees_all=False,
     report_split="train",
 )

@@ -2,10 +2,13 @@
 
 Rows of large pretrained models do so (attention sinks, arXiv 2309.17453; those of pictures, arXiv 2503.03321).  Here no
 answer depends on what the rows of empty patches see, so that they would spread their attention evenly for ever, as no
-pretrained model does.  Two terms, of a few rows of every layer:
+pretrained model does.  Three terms, of a few rows of every layer (nats):
 
-    sink     - log of the attention of rows of the picture to <bos>      (nats)
-    spread   entropy of the attention of rows of the questions           (nats)
+    picture    - log of the attention of rows of the picture to <bos>
+    question   - log of the attention of rows of the questions to <bos>
+    spread     entropy of the attention of rows of the questions
+
+Attention that is even gives the entropy no gradient: ``question`` is what begins to pull it.
 """
 
 from __future__ import annotations
@@ -31,17 +34,24 @@ class Watched:
 
     rows: torch.Tensor
     prefix_rows: int
-    sinks: list[torch.Tensor] = field(default_factory=list)
-    spreads: list[torch.Tensor] = field(default_factory=list)
+    picture: list[torch.Tensor] = field(default_factory=list)
+    question: list[torch.Tensor] = field(default_factory=list)
+    spread: list[torch.Tensor] = field(default_factory=list)
 
-    def loss(self, sink_weight: float, spread_weight: float) -> torch.Tensor:
-        """Both terms, means over layers, heads and rows, float32 ()."""
-        return sink_weight * torch.stack(self.sinks).mean() + spread_weight * torch.stack(self.spreads).mean()
+    @property
+    def _terms(self) -> dict[str, list[torch.Tensor]]:
+        return {"picture": self.picture, "question": self.question, "spread": self.spread}
+
+    def loss(self, *weights: float) -> torch.Tensor:
+        """The three terms, means over layers, heads and rows, weighed and added up: float32 ()."""
+        terms = zip(weights, self._terms.values(), strict=True)
+        return sum((weight * torch.stack(term).mean() for weight, term in terms), torch.zeros(()))
 
     def __str__(self) -> str:
-        """Both terms, layer by layer."""
-        sinks, spreads = (" ".join(f"{term.item():.2f}" for term in terms) for terms in (self.sinks, self.spreads))
-        return f"sink {sinks}, spread {spreads}"
+        """The terms, layer by layer."""
+        return ", ".join(
+            f"{name} {' '.join(f'{one.item():.2f}' for one in term)}" for name, term in self._terms.items()
+        )
 
 
 _WATCHED: ContextVar[Watched | None] = ContextVar("watched", default=None)
@@ -80,9 +90,11 @@ def _attend(
         scores = scaling * few @ key[:, :, None].transpose(-1, -2)
         shown = attention_mask[:, :, None, watched.rows]
         logs = scores.masked_fill(~shown, float("-inf")).log_softmax(-1)
-        watched.sinks.append(-logs[..., : watched.prefix_rows, 0].mean())
+        of_picture, of_questions = logs[..., 0].tensor_split([watched.prefix_rows], dim=-1)
+        watched.picture.append(-of_picture.mean())
+        watched.question.append(-of_questions.mean())
         each = logs.exp() * logs.masked_fill(~shown, 0.0)  # the log of nothing has no gradient
-        watched.spreads.append(-each[..., watched.prefix_rows :, :].sum(-1).mean())
+        watched.spread.append(-each[..., watched.prefix_rows :, :].sum(-1).mean())
     return out.transpose(1, 2).contiguous(), None
 
 

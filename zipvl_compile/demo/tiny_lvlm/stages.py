@@ -21,6 +21,7 @@ from zipvl_compile.demo.tiny_lvlm.batches import (
     pixel_values,
 )
 from zipvl_compile.demo.tiny_lvlm.build import word_ids
+from zipvl_compile.demo.tiny_lvlm.optimizer import Optimizer
 from zipvl_compile.demo.tiny_lvlm.questions import DIGIT_WORDS, EOS, KINDS, NOTHING
 from zipvl_compile.demo.tiny_lvlm.recipe import Recipe
 from zipvl_compile.demo.tiny_lvlm.resting import watching
@@ -93,10 +94,9 @@ def align(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[str 
     }
     ids = word_ids(canvas)
     codes = {name: table[[ids[word] for word in group]] for name, group in words.items()}
-    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.align_lr, weight_decay=0.01)
+    optimizer = Optimizer(_vision_parts(model, recipe.align_lr), 0.01, recipe.muon, betas=(0.9, 0.999))
     for step in range(recipe.align_steps):
-        _set_rate(optimizer, step, recipe.align_steps, warmup=50)
+        optimizer.set_rate(step, recipe.align_steps, warmup=50)
         scenes = _scenes(recipe, rng, recipe.align_batch, MIN_DIGITS, recipe.align_max_digits)
         kept = _all_patches(scenes)
         if recipe.align_patches is not None:
@@ -111,7 +111,7 @@ def align(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[str 
             logits = features @ codes[name].T
             each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
             loss = loss + (each * weight).sum() / weight.sum()
-        _update(optimizer, loss)
+        optimizer.update(loss)
         reports = _is_report(step, recipe.align_steps, every=100)
         yield f"loss {loss.item():.3f}, {_patch_accuracy(model, recipe, codes)}" if reports else None
 
@@ -119,10 +119,10 @@ def align(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[str 
 def compact(model: LlavaForConditionalGeneration, recipe: Recipe) -> Iterator[str | None]:
     """Stage ``compact``: the scenes grow from one digit to full size, then the background grows."""
     rng = np.random.default_rng([recipe.seed, 1])
-    optimizer = _optimizer(recipe, [(_language_parameters(model), recipe.compact_lr)])
+    optimizer = Optimizer(_language_parts(model, recipe.compact_lr), recipe.weight_decay, recipe.muon)
     steps, (fewest, most) = recipe.compact_steps, recipe.compact_patches
     for step in range(steps):
-        _set_rate(optimizer, step, steps, warmup=100)
+        optimizer.set_rate(step, steps, warmup=100)
         growth = min(1.0, step / (0.3 * steps))
         high = 2 + int((MAX_DIGITS - 2) * growth)
         scenes = _scenes(recipe, rng, recipe.compact_batch, MIN_DIGITS if growth == 1 else 1, high)
@@ -165,11 +165,10 @@ def _whole_model(
     steps, batch, rate, patches, whole, rest = (
         getattr(recipe, f"{stage}_{name}") for name in ("steps", "batch", "lr", "patches", "whole", "rest")
     )
-    vision = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    groups = [(_language_parameters(model), rate), (vision, rate * recipe.full_vision_share)]
-    optimizer = _optimizer(recipe, groups)
+    parts = _language_parts(model, rate) + _vision_parts(model, rate * recipe.full_vision_share)
+    optimizer = Optimizer(parts, recipe.weight_decay, recipe.muon)
     for step in range(steps):
-        _set_rate(optimizer, step, steps, warmup=min(50, max(steps // 8, 1)))
+        optimizer.set_rate(step, steps, warmup=min(50, max(steps // 8, 1)))
         scenes = _scenes(recipe, rng, batch, MIN_DIGITS, MAX_DIGITS)
         of_all = int((step + 1) * whole) > int(step * whole)
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))
@@ -182,11 +181,11 @@ def _whole_model(
 
 def _answer_step(
     model: LlavaForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     features: torch.Tensor,
     kept: torch.Tensor,
     packed: PackedQuestions,
-    rest: tuple[float, float],
+    rest: tuple[float, float, float],
     rng: np.random.Generator,
 ) -> str:
     labels = packed.labels[packed.labels != IGNORED]
@@ -200,37 +199,16 @@ def _answer_step(
         logits, said = answer_logits(model, features, kept, packed), ""
         loss = F.cross_entropy(logits, labels)
         added = torch.zeros_like(loss)
-    _update(optimizer, loss + added)
+    optimizer.update(loss + added)
     return f"loss {loss.item():.3f}, right {(logits.argmax(-1) == labels).float().mean():.3f}{said}"
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], 1.0)
-    optimizer.step()
+def _language_parts(model: LlavaForConditionalGeneration, rate: float) -> list[tuple[torch.nn.Module, float]]:
+    return [(model.model.language_model, rate), (model.lm_head, rate)]
 
 
-def _optimizer(recipe: Recipe, groups: list[tuple[list[torch.nn.Parameter], float]]) -> torch.optim.AdamW:
-    """AdamW over (parameters, rate) groups, without weight decay on norms and biases."""
-    split = []
-    for parameters, rate in groups:
-        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-        others = [parameter for parameter in parameters if parameter.dim() <= 1]
-        split.append({"params": matrices, "lr": rate, "weight_decay": recipe.weight_decay})
-        split.append({"params": others, "lr": rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(split, betas=(0.9, 0.98))
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up, then a cosine down to 2% of each group's rate."""
-    factor = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-
-def _language_parameters(model: LlavaForConditionalGeneration) -> list[torch.nn.Parameter]:
-    return [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+def _vision_parts(model: LlavaForConditionalGeneration, rate: float) -> list[tuple[torch.nn.Module, float]]:
+    return [(model.model.vision_tower, rate), (model.model.multi_modal_projector, rate)]
 
 
 def _scenes(

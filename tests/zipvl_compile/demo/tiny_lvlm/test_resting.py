@@ -30,7 +30,8 @@ def test_watching_changes_no_output_and_leaves_the_model_as_it_was():
         again = forward(model, embeds)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(again, expected) and model.model.language_model.config._attn_implementation == usual
-    assert len(watched.sinks) == len(watched.spreads) == model.config.text_config.num_hidden_layers
+    for term in (watched.picture, watched.question, watched.spread):
+        assert len(term) == model.config.text_config.num_hidden_layers
     assert (watched.rows[:ROWS] < PREFIX).all() and (watched.rows[:ROWS] > 0).all()
     assert (watched.rows[ROWS:] >= PREFIX).all() and (watched.rows[ROWS:] < LENGTH).all()
 
@@ -43,11 +44,14 @@ def test_the_terms_of_even_attention_are_logs_of_how_much_is_seen():
         with watching(model, np.random.default_rng(0), PREFIX, LENGTH) as watched:
             forward(model, torch.randn(1, LENGTH, model.config.text_config.hidden_size))
     picture, questions = ([math.log(row + 1) for row in rows.tolist()] for rows in watched.rows.split(ROWS))
-    sink, spread = sum(picture) / ROWS, sum(questions) / ROWS
-    for found, expected in ((watched.sinks, sink), (watched.spreads, spread)):
+    first, second = sum(picture) / ROWS, sum(questions) / ROWS
+    for found, expected in ((watched.picture, first), (watched.question, second), (watched.spread, second)):
         torch.testing.assert_close(torch.stack(found), torch.full((len(found),), expected), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(watched.loss(0.5, 0.25).item(), 0.5 * sink + 0.25 * spread, rtol=1e-4, atol=1e-4)
-    assert str(watched) == f"sink {' '.join([f'{sink:.2f}'] * 4)}, spread {' '.join([f'{spread:.2f}'] * 4)}"
+    torch.testing.assert_close(
+        watched.loss(0.5, 0.25, 0.125).item(), 0.5 * first + 0.375 * second, rtol=1e-4, atol=1e-4
+    )
+    said = {"picture": first, "question": second, "spread": second}
+    assert str(watched) == ", ".join(f"{name} {' '.join([f'{value:.2f}'] * 4)}" for name, value in said.items())
 
 
 def test_the_loss_has_attention_rest():
@@ -58,7 +62,7 @@ def test_the_loss_has_attention_rest():
     for step in range(12):
         with watching(model, np.random.default_rng(0), PREFIX, LENGTH) as watched:
             forward(model, embeds)
-        loss = watched.loss(1.0, 0.1)
+        loss = watched.loss(1.0, 0.1, 0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from zipvl_compile.demo.tiny_lvlm.canvas import CELL, LARGE, SMALL
 from zipvl_compile.demo.tiny_lvlm.questions import EOS, KINDS
 from zipvl_compile.demo.tiny_lvlm.recipe import LARGE_RECIPE, Recipe
 from zipvl_compile.demo.tiny_lvlm.scenes import draw_scene
-from zipvl_compile.demo.tiny_lvlm.stages import STAGES, _set_rate, answer_logits, patch_features
+from zipvl_compile.demo.tiny_lvlm.stages import STAGES, answer_logits, patch_features
 
 
 def test_packed_questions_do_not_see_each_other():
@@ -78,14 +78,3 @@ def test_a_stage_trains_its_part_of_the_model_and_reports_at_its_end(name, canva
         "language" if "language_model" in name or "lm_head" in name else "vision" for name in changed(model, before)
     }
     assert parts == {"align": {"vision"}, "compact": {"language"}}.get(name, {"vision", "language"})
-
-
-def test_the_rate_warms_up_and_falls_to_a_fiftieth():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    rates = []
-    for step in range(1000):
-        _set_rate(optimizer, step, 1000, warmup=100)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] < 0.01 and max(rates) == max(rates[80:120]) <= 0.5
-    assert rates[-1] == pytest.approx(0.01, rel=1e-3)
