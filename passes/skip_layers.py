@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from zipvl_compile.passes.graph.experts import RoutedExperts
 from zipvl_compile.passes.graph.graph import erase_unread
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.reading import example
@@ -58,9 +59,14 @@ def work(attention: Node) -> int:
         _, cone = layer_of(attention, Axes(2))
     except Mixes:
         return 0
-    weights = [
-        example(x) for node in cone.nodes if multiplies(node) for x in node.all_input_nodes if x not in cone.nodes
-    ]
+    return sum(_of_a_token(node, cone) for node in cone.nodes if multiplies(node))
+
+
+def _of_a_token(node: Node, cone: Cone) -> int:
+    """Return how many numbers of the weights of a projection a token is multiplied with."""
+    weights = [example(x) for x in node.all_input_nodes if x not in cone.nodes]
+    if isinstance(node.target, RoutedExperts):  # [E, .., ..], of which each token takes some
+        return sum(x.numel() // x.shape[0] * node.target.experts for x in weights if x.dim() == 3)
     sizes = [x.numel() for x in weights if isinstance(x, torch.Tensor) and x.dim() == 2]
     return sum(size for size in sizes if isinstance(size, int))
 

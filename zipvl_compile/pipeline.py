@@ -26,6 +26,7 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
     demand_rows,
+    fold_experts,
     fuse_gathers,
     keep_every_token,
     keep_true_rows,
@@ -33,6 +34,7 @@ from zipvl_compile.passes import (
     read_compact_cache,
     read_demands,
     sparsify_prefill,
+    unfold_experts,
     unmask_dense,
 )
 from zipvl_compile.passes.graph.graph import copied
@@ -56,12 +58,14 @@ class Row:
 
 
 PIPELINE: tuple[Row, ...] = (
+    Row("fold_experts", fold_experts.apply, ("sites",), "experts as single calls"),
     Row("read_demands", read_demands.apply, ("sites",), "rows that are read"),
     Row("keep_true_rows", keep_true_rows.apply, ("sites", "rows that are read"), "what takes rows of zeros"),
     Row("sparsify_prefill", sparsify_prefill.apply, ("rows that are read", "what takes rows of zeros"), "selections"),
     Row("read_compact_cache", read_compact_cache.apply, ("sites",), "attention over compacted caches"),
     Row("demand_rows", demand_rows.apply, ("selections",), "demanded rows of the last layer"),
     Row("prune_projections", prune_projections.apply, ("selections", "demanded rows of the last layer"), "kept rows"),
+    Row("unfold_experts", unfold_experts.apply, ("experts as single calls", "kept rows"), "no calls but of operators"),
     Row("unmask_dense", unmask_dense.apply, ("sites", "demanded rows of the last layer"), "causal dense attention"),
     Row("keep_every_token", keep_every_token.apply, ("selections",), "copies with room"),
     Row("fuse_gathers", fuse_gathers.apply, ("kept rows", "copies with room"), "one gather of K and V"),

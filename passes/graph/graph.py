@@ -19,11 +19,14 @@ from zipvl_compile.passes.graph.private import copy_source, fake_mode_of, faking
 from zipvl_compile.passes.graph.reading import example, is_pure
 
 
-def propagate(node: Node) -> None:
-    """Set `node`'s fake value, and the unbacked symbols it introduces, from those of its arguments."""
+def propagate(node: Node, mode: Any = None) -> None:
+    """Set `node`'s fake value, and the unbacked symbols it introduces, from those of its arguments.
+
+    A call without a tensor, such as `arange`, makes one in the given mode.
+    """
     args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
     fakes = [leaf for x in node.all_input_nodes for leaf in leaves(example(x))]
-    mode = fake_mode_of(fakes)
+    mode = fake_mode_of(fakes) or mode
     numbers = all(isinstance(fake, (int, float, SymInt, SymFloat)) for fake in fakes)
     if mode is None and not numbers:  # a graph without fake values, such as one written by hand in a test
         return

@@ -17,13 +17,13 @@ import builtins
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from zipvl_compile.passes.graph.experts import RoutedExperts
+from zipvl_compile.passes.graph.op_kinds import Op, Tokens, Values
 from zipvl_compile.passes.graph.private import (
     ADD_BATCH_DIM,
     NATIVE,
@@ -33,89 +33,13 @@ from zipvl_compile.passes.graph.private import (
     OpOverloadPacket,
 )
 
-
-class Tokens(Enum):
-    """How an operation carries the token axis; the rules are in `tokenwise/axis_rules.py`."""
-
-    POINTWISE = auto()  # operands broadcast
-    FIRST = auto()  # like the first operand; others give a dtype or a number
-    DROPOUT = auto()
-    FEATURES = auto()  # every axis but the last
-    NORM = auto()
-    MATMUL = auto()
-    ALONG = auto()  # every axis but `dim`
-    REDUCE = auto()
-    TRANSPOSE = auto()
-    PERMUTE = auto()
-    RESHAPE = auto()
-    EXPAND = auto()
-    CUT = auto()  # along another axis
-    UNBIND = auto()
-    GETITEM = auto()
-    CAT = auto()
-    STACK = auto()
-    REPEAT = auto()
-    FRESH = auto()
-    COPY = auto()
-
-
-class Values(Enum):
-    """How the values of a row follow from those of the operands' rows; the rules are in `tokenwise/row_values.py`."""
-
-    UNKNOWN = auto()  # they may be anything, NaN included
-    KEPT = auto()  # moved, repeated, chosen or cast
-    MONOTONE = auto()
-    EVEN = auto()
-    CURVE = auto()  # finite for whatever is finite
-    POLE = auto()  # monotone on either side of 0
-    TERMS = auto()  # monotone in each operand
-    QUOTIENT = auto()
-    POWER = auto()
-    LINEAR = auto()
-    NORM = auto()
-    MEAN = auto()
-    SUM = auto()
-    SPREAD = auto()
-    UNIT = auto()  # between 0 and 1
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation.
-
-    Attributes:
-        name: what rules and messages call it; in-place forms end in "_".
-        arguments: names in order; `*name` takes all that follow, as `view(*size)` does.
-        tokens, values: see there; None: tokens may mix.
-        view: a result may share memory with any tensor that the call was given; else only with those it writes to.
-        writes: names of the arguments that it writes to.
-        outs: names of the arguments that it writes to where they are given.
-        typed: names of the arguments of which it reads the dtype only.
-        sizes: the result is a size or a number of axes.
-        effect: does something besides its result, such as entering a vmap.
-        signatures: names of the arguments of single targets that have others.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    tokens: Tokens | None = None
-    values: Values = Values.UNKNOWN
-    view: bool = False
-    writes: tuple[str, ...] = ()
-    outs: tuple[str, ...] = ("out",)
-    typed: tuple[str, ...] = ()
-    sizes: bool = False
-    effect: bool = False
-    signatures: dict[Any, tuple[str, ...]] = field(default_factory=dict, compare=False)
-
-
 Target = Callable[..., Any] | str
 TABLE: dict[Target, Op] = {}
 NAMES: set[str] = set()
 # What aten, NumPy and single functions call an argument that has another name in the table.
 SYNONYMS = {"self": "input", "train": "training", "axis": "dim", "keepdims": "keepdim", "tensor": "input",
             "split_size_or_sections": "split_size", "mat2": "other", "axis0": "dim0", "axis1": "dim1",
-            "shape": "size"}  # fmt: skip
+            "shape": "size", "mat_a": "input", "mat_b": "other"}  # fmt: skip
 _OPERATORS = {name.strip("_"): name for name in (
     "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lt", "matmul", "mod", "mul", "ne",
     "neg", "or_", "pow", "setitem", "sub", "truediv", "xor",
@@ -162,6 +86,7 @@ def _operators(name: str, in_operator: str | None) -> Iterator[Target]:
 
 
 T, V = Tokens, Values
+_BOTH = ("out", "values", "indices")  # where an operation returns two
 _row("neg, sqrt, erf, floor, ceil, round, sign, exp, log, log2, exp2, expm1", "input", T.POINTWISE, V.MONOTONE)
 _row("abs, square", "input", T.POINTWISE, V.EVEN)
 _row("sin, cos", "input", T.POINTWISE, V.CURVE)
@@ -202,6 +127,9 @@ _row("bmm", "input other")
 _row("baddbmm", "input batch1 batch2 beta alpha")
 _row("einsum", "equation *operands", view=True)
 _row("softmax/_softmax", "input dim dtype", T.ALONG, V.UNIT, signatures={F.softmax: "input dim _stacklevel dtype"})
+_row("topk", "input k dim largest sorted", T.ALONG, outs=_BOTH)
+_row("gather", "input dim index", T.CHOOSE)
+_row("scatter", "input dim index src", T.CHOOSE)
 _row("mean", "input dim keepdim", T.REDUCE, V.MEAN)
 _row("sum", "input dim keepdim", T.REDUCE, V.SUM)
 _row("var", "input dim unbiased keepdim correction", T.REDUCE, V.SPREAD)
@@ -226,6 +154,13 @@ _row("copy", "input src", T.COPY)
 _row("arange", "start end step")
 _row("ones, zeros, empty", "*size")
 _row("ones_like, zeros_like", "input", T.FIRST, V.MONOTONE)
+_row("empty_like", "input")
+_row("sort", "input dim descending stable", outs=_BOTH)
+_row("argsort", "input dim descending stable")
+_row("histc", "input bins min max")
+_row("cumsum", "input dim dtype")
+_row("index_select", "input dim index")
+_row("grouped_mm/_grouped_mm", "input other offs bias out_dtype")
 _row("full", "size fill_value")
 _row("new_full", "input size fill_value")
 _row("full_like", "input fill_value", T.FIRST, V.MONOTONE)
@@ -243,8 +178,14 @@ _row("embedding, interpolate, normalize, one_hot, pad, conv2d, conv3d, group_nor
      view=True)  # fmt: skip
 _row("add_batch_dim", "input dim level", functions=ADD_BATCH_DIM, view=True, effect=True)
 _row("remove_batch_dim", "input level size out_dim", functions=REMOVE_BATCH_DIM, view=True, effect=True)
-# Operators of other libraries, by the names of their schemas: a product with a weight of int8 and its scales.
-_FOREIGN = {"quanto::qbytes_mm": Op("qbytes_mm", ("input", "weights", "output_scales"), T.FEATURES, V.LINEAR)}
+# Operators of other libraries, by the names of their schemas: a product with a weight of int8 and its scales; one of
+# runs of rows, each with a weight of its own.
+_FOREIGN = {
+    "quanto::qbytes_mm": Op("qbytes_mm", ("input", "weights", "output_scales"), T.FEATURES, V.LINEAR),
+    "transformers::grouped_mm_fallback": Op("grouped_mm", ("input", "other", "offs")),
+}
+EXPERTS = Op("routed_experts", ("*tensors",), Tokens.EXPERTS)
+NAMES.add(EXPERTS.name)
 
 
 @functools.cache
@@ -256,6 +197,8 @@ def of_target(target: Target) -> Op | None:
     """
     if target in TABLE:
         return TABLE[target]
+    if isinstance(target, RoutedExperts):
+        return EXPERTS
     packet = getattr(target, "overloadpacket", None)
     if packet in TABLE:
         return TABLE[packet]

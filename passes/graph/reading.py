@@ -8,7 +8,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.op_traits import NAMES, SYNONYMS, Op, of_target
+from zipvl_compile.passes.graph.op_kinds import Op
+from zipvl_compile.passes.graph.op_traits import NAMES, SYNONYMS, of_target
 from zipvl_compile.passes.graph.private import FakeTensor, OpOverload, leaves
 
 

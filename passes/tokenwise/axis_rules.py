@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.op_traits import Tokens
+from zipvl_compile.passes.graph.op_kinds import Tokens
 from zipvl_compile.passes.graph.private import leaves
 from zipvl_compile.passes.graph.reading import example, holds_tensors, is_op, spelled
 
@@ -91,10 +91,20 @@ def _matmul(node: Node, axis: int, given: dict[str, Any]) -> Carried:
 
 
 def _along(node: Node, axis: int, given: dict[str, Any]) -> Carried:
-    dim = given.get("dim")
+    dim = given.get("dim", -1 if is_op(node, "topk") else None)
     if not isinstance(dim, int) or dim % rank(node) == axis:
         raise Mixes(f"{spelled(node)!r} works along the tokens")
     return {given["input"]: axis}
+
+
+def _choose(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    """All tensors are indexed alike but along `dim`."""
+    if given["dim"] % rank(node) == axis:
+        raise Mixes(f"{spelled(node)!r} works along the tokens")
+    tensors = _operands(node)
+    if not all(statically_known_true(example(x).shape[axis] == example(node).shape[axis]) for x in tensors):
+        raise Mixes(f"{spelled(node)!r} takes some of the tokens")
+    return dict.fromkeys(tensors, axis)
 
 
 def _reduce(node: Node, axis: int, given: dict[str, Any]) -> Carried:
@@ -183,6 +193,9 @@ def _getitem(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     source, index = given["input"], given["index"]
     if not isinstance(example(source), torch.Tensor):
         return {source: axis}  # one of the tensors of a split
+    if isinstance(example(index), torch.Tensor) and example(index).dtype in (torch.int32, torch.int64):
+        own = example(index).dim()  # rows of a table, as of an embedding
+        return {index: axis} if axis < own else {source: 1 + axis - own}
     index = index if isinstance(index, tuple) else (index,)
     if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
         raise Mixes("an index that is a tensor may mix tokens")
@@ -238,6 +251,12 @@ def _copy(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     return {filled: axis} | {x: a for x, a in _pointwise(node, axis, given).items() if x is not filled}
 
 
+def _experts(node: Node, axis: int, given: dict[str, Any]) -> Carried:
+    if axis != 0:
+        raise Mixes(f"{spelled(node)!r} has its tokens on the first axis")
+    return dict.fromkeys(given["tensors"][: node.target.tokens], 0)  # type: ignore[union-attr]
+
+
 RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
     Tokens.POINTWISE: _pointwise,
     Tokens.FIRST: _first,
@@ -246,6 +265,7 @@ RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
     Tokens.NORM: _norm,
     Tokens.MATMUL: _matmul,
     Tokens.ALONG: _along,
+    Tokens.CHOOSE: _choose,
     Tokens.REDUCE: _reduce,
     Tokens.TRANSPOSE: _transpose,
     Tokens.PERMUTE: _permute,
@@ -259,4 +279,5 @@ RULES: dict[Tokens, Callable[[Node, int, dict[str, Any]], Carried]] = {
     Tokens.REPEAT: _repeat,
     Tokens.FRESH: _fresh,
     Tokens.COPY: _copy,
+    Tokens.EXPERTS: _experts,
 }

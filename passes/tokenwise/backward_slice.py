@@ -128,8 +128,8 @@ def reads_size(user: Node) -> bool:
 
 
 def multiplies(node: Node) -> bool:
-    """Return whether a node is a projection: a matrix product with a weight."""
-    return is_op(node, "linear", "matmul", "mm", "addmm")
+    """Return whether a node is a projection: a matrix product with a weight, or with those of some experts."""
+    return is_op(node, "linear", "matmul", "mm", "addmm", "routed_experts")
 
 
 def example_size(node: Node, axis: int) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from zipvl_compile.passes.graph.graph import propagate
-from zipvl_compile.passes.graph.op_traits import Tokens, Values
+from zipvl_compile.passes.graph.op_kinds import Tokens, Values
 from zipvl_compile.passes.graph.reading import arguments, example, holds_tensors, is_op, of, same_shape, spelled
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Axes, reads_size

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from zipvl_compile.passes.graph.op_traits import Values
+from zipvl_compile.passes.graph.op_kinds import Values
 from zipvl_compile.passes.graph.private import leaves
 from zipvl_compile.passes.graph.reading import arguments, example, holds_subclass, holds_tensors, is_op, of, spelled
 from zipvl_compile.passes.tokenwise import opaque_weight

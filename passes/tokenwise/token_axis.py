@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.op_traits import Tokens
+from zipvl_compile.passes.graph.op_kinds import Tokens
 from zipvl_compile.passes.graph.reading import arguments, holds_subclass, is_op, of, spelled, written
 from zipvl_compile.passes.tokenwise import opaque_weight
 from zipvl_compile.passes.tokenwise.axis_rules import RULES, Carried, Mixes, rank, same_rows

@@ -7,6 +7,7 @@ tokens that are not kept what came into the layer.
 import pytest
 import torch
 import torch.nn.functional as F
+from support.experts import WEIGHTS, mixture
 from support.hidden_states import PROBES, RATIO, WIDTH, N, P, RMSNorm, Stack, hidden_states, widths, without_spare
 
 from zipvl_compile.passes.skip_layers import ATTENTION_ALONE
@@ -47,6 +48,11 @@ def experts(x, a, mlp):
     return x + (each * weights[:, :, None]).sum(-1)
 
 
+def routed(x, a, mlp):
+    """Two of four experts for each token, the tokens sorted by expert."""
+    return x + a + mixture((x + a).view(-1, WIDTH), *WEIGHTS).view(x.shape[0], x.shape[1], WIDTH)
+
+
 LAYERS = {
     "sequential": {},
     "fused, bias": {"fused": True, "bias": True},
@@ -61,6 +67,7 @@ LAYERS = {
     "several experts": {"joined": experts},
     "bias rows": {"bias": True, "projected": lambda x: torch.cos(x) + 2.0},
 }
+ONE_SAMPLE = LAYERS | {"routed experts": {"joined": routed}}
 
 
 def halved(x, a, mlp):
@@ -75,13 +82,27 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("form", LAYERS)
+@pytest.mark.parametrize(("form", "batch"), [(form, 1) for form in ONE_SAMPLE] + [(form, 2) for form in LAYERS])
 def test_tokens_that_are_not_kept_pass_every_form_of_a_layer(record, form, batch):
-    recorder = skipping(record, Stack(**LAYERS[form]), hidden_states(batch=batch), **RATIO)
+    recorder = skipping(record, Stack(**ONE_SAMPLE[form]), hidden_states(batch=batch), **RATIO)
     assert [pruning.skipped for pruning in recorder.pruned] == ["", ""]
     found = widths(recorder.graphs[0])
     assert found["o"] == [P, P] and set(found.get("up", [P])) == {P}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+def test_tokens_are_routed_for_a_number_that_depends_on_data(record, inner, dynamic):
+    options, x = {"inner": inner, "tau": 0.6}, hidden_states()
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    recorder = skipping(record, Stack(joined=routed), x, **options)
+    assert [pruning.skipped for pruning in recorder.pruned] == ["", ""]
+
+
+def test_samples_that_are_routed_together_are_not_told_apart(record):
+    _, recorder = record(Stack(joined=routed), hidden_states(batch=2), prune=True, skip="layer", **RATIO)
+    assert all("takes the token axis apart" in pruning.skipped for pruning in recorder.pruned)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -97,15 +118,16 @@ def test_everything_but_keys_and_scores_is_computed_for_kept_tokens(record):
     assert found == {"q": [PROBES, P] * 2, "k": [N] * 2, "v": [P] * 2, "o": [P] * 2, "up": [P] * 2}
 
 
-@pytest.mark.parametrize("form", ["sequential", "parallel", "several experts"])
+@pytest.mark.parametrize("form", ["sequential", "parallel", "several experts", "routed experts"])
 def test_what_a_token_saves_that_passes(record, form):
-    """The output projection, and the MLP: of one linear, or of a router and three experts."""
-    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, skip="layer", **RATIO)
+    """The output projection, and the MLP: of one linear, or of a router and three experts, or two of four."""
+    _, recorder = record(Stack(**ONE_SAMPLE[form]), hidden_states(), prune=True, skip="layer", **RATIO)
     (first, second) = recorder.sites[0].prefill
-    mlp = WIDTH * WIDTH if form != "several experts" else 3 * WIDTH + 3 * WIDTH * WIDTH
+    mlp = {"several experts": 3 * WIDTH + 3 * WIDTH * WIDTH, "routed experts": 4 * WIDTH + 2 * 3 * WIDTH * WIDTH}
+    mlp = mlp.get(form, WIDTH * WIDTH)
     assert first.shape.work == second.shape.work == WIDTH * WIDTH + mlp
     torch._dynamo.reset()
-    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, **RATIO)
+    _, recorder = record(Stack(**ONE_SAMPLE[form]), hidden_states(), prune=True, **RATIO)
     assert recorder.sites[0].prefill[0].shape.work == 0, "none passes"
 
 

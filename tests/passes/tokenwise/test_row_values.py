@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graph_modules import trace
 
-from zipvl_compile.passes.graph.op_traits import TABLE, Values
+from zipvl_compile.passes.graph.op_kinds import Values
+from zipvl_compile.passes.graph.op_traits import TABLE
 from zipvl_compile.passes.tokenwise import row_values
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 
