@@ -10,7 +10,8 @@ DETAIL = ("llava", "qwen3_vl", "glm4v", "aya_vision", "qwen3_vl_moe")
 OTHERS = (
     "llava_next", "internvl", "mistral3", "llava_onevision", "pixtral", "cohere2_vision", "ovis2", "lfm2_vl",
     "granite4_vision", "qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "molmo2", "hunyuan_vl", "gemma3", "paligemma",
-    "gemma4", "gemma4_moe", "glm4v_moe", "mistral4", "aria", "qwen3_5_moe", "idefics3", "smolvlm", "phi4_multimodal", "fuyu", "chameleon", "muse_spark",
+    "gemma4", "idefics3", "smolvlm", "phi4_multimodal", "fuyu", "chameleon", "muse_spark",
+    "gemma4_moe", "glm4v_moe", "mistral4", "aria", "qwen3_5_moe",
 )  # fmt: skip
 
 
