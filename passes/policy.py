@@ -48,7 +48,8 @@ class Policy:
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, which fraction of all layers from the
             first, below 1, or their numbers.
-        share: the first layer that selects does so for all that follow.
+        score_every: a layer that selects does so for that many layers, itself among them; 0: for all that follow. A
+            layer that selects nothing of its own needs no keys either of tokens that are not kept.
         groups: "layer" selects once per layer, "kv_head" for each KV head, the same number of tokens each. Then no
             projection is pruned, and where the cache holds latents, a layer selects once all the same.
     """
@@ -72,7 +73,7 @@ class Policy:
     skip: Skip = "attention"
     prefill: Literal["sparse", "dense"] = "sparse"
     dense_layers: int | float | tuple[int, ...] = 0
-    share: bool = False
+    score_every: int = 1
     groups: Literal["layer", "kv_head"] = "layer"
 
     @property

@@ -19,8 +19,9 @@ After:
 
 Exact: every step is proven to treat each token by itself (`tokenwise/axis_rules.py`); where a bias makes the row of an
 unselected token another one than zero, that row is computed once (`tokenwise/forward_slice.py`). With
-`unselected="hold"` the rows of the others are copies of kept ones. K stays dense, since the scores read it. What is not
-proven stays as it was, with the reason. With `skip="layer"` more is pruned, by another rule (`skip_layers.py`).
+`unselected="hold"` the rows of the others are copies of kept ones. K stays dense, since the scores read it, but where
+the layer takes the selection of one before it (`score_every`). What is not proven stays as it was, with the reason.
+With `skip="layer"` more is pruned, by another rule (`skip_layers.py`).
 
 Source: ZipVL (arXiv 2410.08584) prunes attention only; the rest follows from it.
 """
@@ -76,19 +77,17 @@ def refusal(site: Site, around: Around | None) -> str:
     return "each KV head keeps tokens of its own" if example(around.positions).shape[1] > 1 else ""
 
 
-def prune_values(site: Around, kept: Rows) -> None:
-    """Compute V for the kept tokens only.
+def prune_kept(site: Around, node: Node, kept: Rows) -> None:
+    """Compute K or V, of which the attention reads `node`, for the kept tokens only.
 
     Raises:
-        Mixes: V is needed in full, or not known to be computed token by token.
+        Mixes: it is needed in full, or not known to be computed token by token.
     """
-    if WithRoomCall.matches(site.values):
+    if WithRoomCall.matches(node):
         return  # another attention over the same cache came first
-    if not GatherTokensCall.matches(site.values):
-        raise Mixes("the values are not gathered at the kept tokens")
-    node, gather = site.values, GatherTokensCall.read(site.values)
-    if gather.positions is not site.positions:
-        raise Mixes("the values are not gathered at the kept tokens")
+    gather = GatherTokensCall.read(node) if GatherTokensCall.matches(node) else None
+    if gather is None or gather.positions is not site.positions:
+        raise Mixes("it is not gathered at the kept tokens")
     cone = computed_only_for(gather.x, site.axes, {node})
     new = _compute(cone, kept, node)[gather.x]
     replace_node(node, WithRoomCall(x=new, spare=gather.spare).insert(node))
@@ -202,14 +201,35 @@ def skip_layer(site: Around, kept: Rows, query: Node | None) -> None:
     skip_layers.rewrite(site.node, site.axes, attend_kept(site, kept, query), kept)
 
 
-def prune(site: Around, kept: Rows, graph: Graph, skips: bool) -> tuple[dict[str, str], str | None]:
-    """Prune the projections around one attention, or its layer, as far as each is proven; return why not."""
-    query, cone, skipped, reasons = None, None, None, {}
+def _kept_alone(site: Around, node: Node, kept: Rows, graph: Graph) -> str:
+    """Prune K or V; return why not, or an empty string."""
     try:
         with undone_on_error(graph):
-            prune_values(site, kept)
+            prune_kept(site, node, kept)
     except Exception as why:
-        reasons["v"] = _said(why)
+        return _said(why)
+    return ""
+
+
+def prune(
+    site: Around, kept: Rows, graph: Graph, selects: bool, skips: bool
+) -> tuple[dict[str, str], str | None, str | None]:
+    """Prune the projections around one attention, or its layer, as far as each is proven.
+
+    Args:
+        site: the attention.
+        kept: the kept tokens.
+        graph: that of both.
+        selects: the scores that chose them read its keys.
+        skips: tokens that are not kept pass the layer.
+
+    Returns:
+        why not, as `Pruning` has it: `reasons`, `skipped` and `keys`.
+    """
+    query, cone, skipped, reasons = None, None, None, {}
+    if reason := _kept_alone(site, site.values, kept, graph):
+        reasons["v"] = reason
+    keys = None if selects else _kept_alone(site, site.keys, kept, graph)
     try:
         with undone_on_error(graph):
             if site.whole:
@@ -237,7 +257,7 @@ def prune(site: Around, kept: Rows, graph: Graph, skips: bool) -> tuple[dict[str
             reasons["output"] = reason
     if cone is not None:
         cone.erase()
-    return reasons, skipped
+    return reasons, skipped, keys
 
 
 def prune_last_query(site: Around, graph: Graph, reason: str) -> dict[str, str]:
@@ -275,4 +295,4 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         assert around is not None
         if around.positions not in rows:
             rows[around.positions] = kept_rows(around.positions)
-        sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, skips)))
+        sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, site.selects, skips)))

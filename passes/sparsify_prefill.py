@@ -53,7 +53,7 @@ from zipvl_compile.passes.prefill.refusals import (
     too_short,
     with_counted_layers,
 )
-from zipvl_compile.passes.prefill.selection import Kept, Selection, compact, fits, keeps_all, select
+from zipvl_compile.passes.prefill.selection import Kept, compact, fits, keeps_all, select
 from zipvl_compile.passes.settings import Settings
 
 QUERIES = {"zero": "selected", "hold": "hold", "all": "all"}  # as sparse_attention names them
@@ -117,7 +117,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
     numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
     settings = with_counted_layers(settings, numbers)
-    shared: Selection | None = None
+    shared, left = None, 0  # a selection, and for how many layers it is still good
     for row, site in enumerate(sites.prefill):
         assert site.layer is not None
         first, owner = site.layer not in layers, layers.get(site.layer)
@@ -131,11 +131,13 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         site.attention, query=site.attention.in_its_dtype(site.attention.query)
                     )
                     if owner is None:
-                        chosen = shared
-                        if chosen is None or not fits(chosen, attention):
-                            chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
-                        owner = attention, compact(site, attention, chosen, settings)
-                        shared = chosen if settings.share else None
+                        if shared is None or left == 0 or not fits(shared, attention):
+                            shared = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
+                            left = settings.score_every or len(sites.prefill)
+                        else:
+                            site.selects = False
+                        left -= 1
+                        owner = attention, compact(site, attention, shared, settings)
                     if keeps_all(owner[1], attention) or not (needed := dense_because(site, settings)):
                         site.node = attend(attention, owner[1], sites.masks, settings)
                     else:

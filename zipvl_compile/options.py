@@ -259,7 +259,7 @@ _CHECKS: dict[str, _Check] = {
         "an integer of at least 0, a fraction in (0, 1), or a list of layer numbers",
         "Use 0 to let every layer select.",
     ),
-    "share": (_flag, "True or False", "Use False to let every layer select."),
+    "score_every": (_count(0), "an integer of at least 0", "Use 1 to let every layer select."),
     "groups": _words("layer", "kv_head", remedy='Use "layer" for one selection per layer.'),
     "evict": _words("drop", "keep", remedy='Use "keep" for a full KV cache.'),
     "min_tokens": (

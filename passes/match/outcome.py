@@ -55,16 +55,19 @@ class Pruning:
         layer: path of the module that holds the attention.
         reasons: why a projection is computed for every token, by its name in `PARTS`; the others are pruned.
         skipped: why tokens that are not kept do not pass the layer; empty where they do, None where nobody asked.
+        keys: why K is computed for every token; empty where it is not, None where the layer's scores read all.
     """
 
     layer: str
     reasons: dict[str, str] = field(default_factory=dict)
     skipped: str | None = None
+    keys: str | None = None
 
     @property
     def for_every_token(self) -> dict[str, str]:
         """Return what is computed for every token though it might not be, each with the reason."""
-        return self.reasons | ({"layer": self.skipped} if self.skipped else {})
+        also = {"k": self.keys, "layer": self.skipped}
+        return self.reasons | {part: reason for part, reason in also.items() if reason}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -77,8 +80,9 @@ class Pruning:
 
     @property
     def done(self) -> str:
-        """Return what is computed for the tokens only that need it, as "q, v, output" or "q, v, output, layer"."""
-        return ", ".join([*self.parts, *(["layer"] if self.skipped == "" else [])])
+        """Return what is computed for the tokens only that need it, as "q, v, output" or "q, v, output, k, layer"."""
+        also = {"k": self.keys, "layer": self.skipped}
+        return ", ".join([*self.parts, *(part for part, reason in also.items() if reason == "")])
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Site:
         rewritten: whether a pass made it sparse, or read a compacted cache.
         reason: why it stays dense, once that is known.
         note: what was not done to it, though it was rewritten.
+        selects: whether it computes scores of its own, which read all keys.
         needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
@@ -48,6 +49,7 @@ class Site:
     node: Node = field(init=False)
     name: str = field(init=False)
     rewritten: bool = False
+    selects: bool = True
     reason: Reason | None = None
     needs_true_rows: str = ""
     note: Reason | None = None

@@ -39,6 +39,10 @@ class Around:
         return self.scores.node
 
     @property
+    def keys(self) -> Node:
+        return self.call.keys if isinstance(self.call, DecodeAttentionCall) else self.call.k
+
+    @property
     def values(self) -> Node:
         return self.call.values if isinstance(self.call, DecodeAttentionCall) else self.call.v
 

@@ -55,6 +55,20 @@ def test_a_number_of_tokens_that_depends_on_data(record, batch, inner, dynamic):
     assert [pruning.parts for pruning in recorder.pruned] == [ALL, ALL]
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_keys_of_a_layer_that_does_not_select(record, bias):
+    graph, recorder = both(record, Stack(layers=4, bias=bias), hidden_states(), score_every=3, **RATIO)
+    assert [pruning.parts for pruning in recorder.pruned] == [ALL] * 4
+    assert [pruning.keys for pruning in recorder.pruned] == [None, "", "", None]
+    assert widths(graph)["k"] == [N, P, P, N] and "k" in recorder.pruned[1].done.split(", ")
+
+
+def test_keys_that_something_else_reads_are_computed_for_every_token(record):
+    """With `evict="keep"` the cache holds all of them."""
+    _, recorder = both(record, Stack(layers=2), hidden_states(), score_every=2, evict="keep", **RATIO)
+    assert recorder.pruned[1].keys and "k" in recorder.pruned[1].for_every_token
+
+
 def test_padding_masks(record):
     mask = torch.ones(N, N, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[0, :, :, :5] = False

@@ -118,6 +118,21 @@ def test_everything_but_keys_and_scores_is_computed_for_kept_tokens(record):
     assert found == {"q": [PROBES, P] * 2, "k": [N] * 2, "v": [P] * 2, "o": [P] * 2, "up": [P] * 2}
 
 
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("every", "selecting"), [(2, [0, 2]), (3, [0, 3]), (0, [0])])
+def test_layers_that_take_the_selection_of_another_need_no_other_keys(record, every, selecting, batch, inner):
+    options = {"score_every": every, "inner": inner} | (RATIO if inner is None else {"tau": 0.6})
+    recorder = skipping(record, Stack(layers=5), hidden_states(batch=batch), **options)
+    selects = [number in selecting for number in range(5)] if every != 2 else [True, False, True, False, True]
+    assert [pruning.keys for pruning in recorder.pruned] == [None if own else "" for own in selects]
+    assert [pruning.skipped for pruning in recorder.pruned] == [""] * 5
+    if inner is None:
+        count = sum(selects)
+        assert recorder.added[0]["zipvl.token_scores"] == recorder.added[0]["zipvl.select_tokens"] == count
+        assert [width == N for width in widths(recorder.graphs[0])["k"]] == selects
+
+
 @pytest.mark.parametrize("form", ["sequential", "parallel", "several experts", "routed experts"])
 def test_what_a_token_saves_that_passes(record, form):
     """The output projection, and the MLP: of one linear, or of a router and three experts, or two of four."""

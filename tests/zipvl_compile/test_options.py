@@ -36,7 +36,7 @@ GOOD = {
     "prefill": ["sparse", "dense"],
     "skip": ["attention"],
     "dense_layers": [0, 4, 0.25, (), (0, 3)],
-    "share": [True, False],
+    "score_every": [0, 1, 4],
     "groups": ["layer", "kv_head"],
     "calibration": [None],
     "preset": [None],
@@ -67,7 +67,7 @@ BAD = {
     "prefill": ["Sparse", "", None, True],
     "skip": ["Layer", "", None, True],
     "dense_layers": [-1, 1.0, "4", None, True, (0, -1), ("a",)],
-    "share": [0, 1, "yes", None],
+    "score_every": [-1, 1.0, "2", None, True],
     "calibration": ["", 1, True],
     "preset": ["best", "", 1, True],
     "policy": ["best", "", 1, True],
@@ -113,7 +113,7 @@ def test_defaults():
     paper = ZipVLOptions.parse({"preset": "paper"})
     asked = ("tau", "keep_ratio", "floor", "recent_probes", "random_probes", "seed", "keep_recent", "score")
     assert [getattr(paper, name) for name in asked] == [0.975, None, 0.0, 64, 64, 0, 1, "normalised"]
-    assert (paper.unselected, paper.prefill, paper.dense_layers, paper.share) == ("zero", "sparse", 0, False)
+    assert (paper.unselected, paper.prefill, paper.dense_layers, paper.score_every) == ("zero", "sparse", 0, 1)
     assert ZipVLOptions.parse({"policy": "paper"}) == dataclasses.replace(paper, preset=None, policy="paper")
 
 
@@ -161,8 +161,8 @@ def test_a_window_needs_rows_that_attend(unselected):
 
 def test_flags_stay_flags():
     """The operators take a bool, and no 1."""
-    parsed = ZipVLOptions.parse({"kept_window": True, "share": False})
-    assert parsed.kept_window is True and parsed.share is False
+    parsed = ZipVLOptions.parse({"kept_window": True, "score_every": 3})
+    assert parsed.kept_window is True and parsed.score_every == 3
 
 
 def test_options_cannot_change_later():

@@ -94,7 +94,7 @@ def ask_bundled(console: Console, setup: Setup, questions: int, seed: int = 0) -
     console.print(tables.costs(result))
     budgets = []
     if any(row is not None and row[1] < 1 for row in result.kept_per_layer()):
-        budgets = _budgets(console, setup, model, list(models.values())[-1], processor, asked, prompts)
+        budgets = _budgets(console, model, list(models.values())[-1], processor, asked, prompts)
         console.print(tables.budgets(budgets))
     # A right answer that needs the most patches shows best what is kept.
     by = list(zip(right["dense"], result.same, (len(one.answer.split()) for one in asked), strict=True))
@@ -107,10 +107,10 @@ def ask_bundled(console: Console, setup: Setup, questions: int, seed: int = 0) -
 
 
 def _budgets(
-    console: Console, setup: Setup, model: Any, compiled: Any, processor: Any, asked: list[DemoQuestion], prompts: list
+    console: Console, model: Any, compiled: Any, processor: Any, asked: list[DemoQuestion], prompts: list
 ) -> list[Budgeted]:
     few = slice(0, AT_BUDGETS)
-    draws = random_tokens(model, setup.inner)
+    draws = random_tokens(model)
     with progress_bar(console) as progress:
         task = progress.add_task("smaller budgets", total=2 * len(BUDGETS) * len(asked[few]))
         return at_budgets(

@@ -9,4 +9,4 @@ Source: FastV (arXiv 2403.06764), K = 2, R = 50%; it measures attention in the s
 
 from zipvl_compile.passes.policy import Policy
 
-POLICY = Policy(score="accumulated", dense_layers=2, share=True, keep_ratio=0.5, recent_probes=1, random_probes=0)
+POLICY = Policy(score="accumulated", dense_layers=2, score_every=0, keep_ratio=0.5, recent_probes=1, random_probes=0)

@@ -29,7 +29,7 @@ def test_every_budget_is_kept_and_right_answers_are_counted(folder, monkeypatch)
     prompts = [prompt_inputs(processor, question.image, question.prompt) for question in asked]
     chooses = compiled_copy(model, {"min_tokens": 0}, "eager", dynamic=True)
     advanced = []
-    found = at_budgets(chooses, random_tokens(model, "eager"), processor, asked, prompts, 2, lambda: advanced.append(1))
+    found = at_budgets(chooses, random_tokens(model), processor, asked, prompts, 2, lambda: advanced.append(1))
     assert [row.share for row in found] == list(BUDGETS) and len(advanced) == len(kept) == 4 * len(BUDGETS)
     assert all(row.chosen == row.drawn == [True, False] for row in found)
     for i, (n, layers) in enumerate(kept):

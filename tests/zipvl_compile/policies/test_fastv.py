@@ -15,5 +15,5 @@ def test_the_third_layer_chooses_for_all_that_follow():
     assert torch.equal(kept[2], kept[3])
     scores = attention_of(2, dense().hidden_states[2], torch.tensor([N - 1]))
     assert kept[2].tolist() == paper.selection(*scores, keep_ratio=0.3, ranking=scores[0]).tolist()
-    assert (POLICY.dense_layers, POLICY.share, POLICY.keep_ratio) == (2, True, 0.5)
+    assert (POLICY.dense_layers, POLICY.score_every, POLICY.keep_ratio) == (2, 0, 0.5)
     assert zipvl_compile.kept_tokens(out) is not None

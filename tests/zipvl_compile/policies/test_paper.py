@@ -16,4 +16,4 @@ def test_the_first_layer_keeps_what_the_formula_says():
 def test_it_is_the_seed_rule():
     assert (POLICY.tau, POLICY.recent_probes, POLICY.random_probes, POLICY.keep_recent) == (0.975, 64, 64, 1)
     assert (POLICY.unselected, POLICY.prefill, POLICY.floor, POLICY.keep_first) == ("zero", "sparse", 0.0, 0)
-    assert (POLICY.score, POLICY.pooling, POLICY.dense_layers, POLICY.share) == ("normalised", 1, 0, False)
+    assert (POLICY.score, POLICY.pooling, POLICY.dense_layers, POLICY.score_every) == ("normalised", 1, 0, 1)

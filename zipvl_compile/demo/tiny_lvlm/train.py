@@ -10,8 +10,7 @@ Four stages, for the small canvas about 70 minutes on one CPU core:
   model learns not to mind absent background.
 * ``full``: everything, half of the steps on whole images and half on images with a random number of
   background patches left out.  Of the large canvas the sequences grow here to a thousand patches.
-* ``polish``: the same again at a smaller rate, with more of the questions that are still weak; of the
-  large canvas on a thousand patches or more, some steps on whole images.
+* ``polish``: the same again at a smaller rate, with more of the questions that are still weak.
 
 In all question stages the word that a question turns on ("red" in "what digit is red ?") is asked for
 the answer too; without that hint it takes far longer until the last word of the prompt learns to look
