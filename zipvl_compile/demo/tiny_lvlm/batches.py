@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from zipvl_compile.demo.tiny_lvlm.build import normalise, word_ids
 from zipvl_compile.demo.tiny_lvlm.questions import EOS, KINDS, PAD, ask, hints
@@ -43,6 +44,18 @@ def kept_patches(rng: np.random.Generator, scenes: Sequence[Scene | Layout], cou
     digits, _ = patch_labels(scenes)
     rank = torch.from_numpy(rng.random(digits.shape)) + 10 * (digits != NO_DIGIT)
     return rank.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def log_weights(scenes: Sequence[Scene | Layout], kept: torch.Tensor) -> torch.Tensor:
+    """How many patches each of ``kept`` stands for, as a logarithm to add to its attention scores: float32 (batch, n).
+
+    A digit stands for itself, the background in the sequence for all of it: so attention to a few hundred patches
+    spreads as it would over the whole picture.
+    """
+    there = patch_labels(scenes)[0] != NO_DIGIT
+    of_kept = there.gather(1, kept)
+    all_background, background = (~there).sum(1), (~of_kept).sum(1)
+    return torch.where(of_kept, 0.0, (all_background / background).log()[:, None])
 
 
 @dataclass(frozen=True)
@@ -98,14 +111,19 @@ def pack_questions(
     return PackedQuestions(*table.unbind(-1))
 
 
-def packed_mask(group: torch.Tensor, prefix: int) -> torch.Tensor:
+def packed_mask(group: torch.Tensor, prefix: int, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Who may attend to whom, bool (batch, 1, prefix + length, prefix + length).
 
-    The prefix (``<bos>`` and patches) is causal; a question sees the prefix and itself, no other question.
+    The prefix (``<bos>`` and patches) is causal; a question sees the prefix and itself, no other question.  With
+    ``weights`` of the patches (see ``log_weights``) it is what to add to the scores, float32.
     """
     batch, length = group.shape
     total = prefix + length
     mask = torch.zeros(batch, 1, total, total, dtype=torch.bool)
     mask[:, :, :, :prefix] = True
     mask[:, 0, prefix:, prefix:] = group[:, :, None] == group[:, None, :]
-    return mask & torch.ones(total, total, dtype=torch.bool).tril()
+    mask &= torch.ones(total, total, dtype=torch.bool).tril()
+    if weights is None:
+        return mask
+    columns = F.pad(weights, (1, length))[:, None, None]  # <bos> before the patches
+    return columns.expand(mask.shape).masked_fill(~mask, float("-inf"))

@@ -16,8 +16,9 @@ class Recipe:
     Steps, images a batch and rates of each stage, and how many patches of a picture are in the sequence: from the
     first number to the second one while ``compact`` runs, drawn between them in ``full`` and ``polish``, but for
     ``full_whole`` and ``polish_whole`` of the steps, where all of them are.  Where ``vision_sees_all`` is false, only
-    those patches are drawn, and the vision tower sees no others.  ``compact_rest`` and its
-    like weigh the three terms of ``resting`` in the loss.
+    those patches are drawn, and the vision tower sees no others.  ``compact_rest`` and its like weigh the three terms
+    of ``resting`` in the loss.  With ``full_weighs`` or ``polish_weighs`` the background in the sequence weighs
+    as much as all of it: see ``log_weights``.
     """
 
     canvas_name: str = SMALL.name
@@ -38,12 +39,14 @@ class Recipe:
     full_vision_share: float = 0.2  # of the rate
     full_patches: tuple[int, int] = (64, SMALL.tokens)
     full_whole: float = 0.5
+    full_weighs: bool = False
     full_rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
     polish_steps: int = 2000
     polish_batch: int = 8
     polish_lr: float = 6e-4
     polish_patches: tuple[int, int] = (64, SMALL.tokens)
     polish_whole: float = 0.5
+    polish_weighs: bool = False
     polish_rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
     vision_sees_all: bool = True
     report_split: Split = "held_out"
@@ -69,9 +72,9 @@ def _weights(**weights: float) -> dict[str, float]:
     return dict.fromkeys(KINDS, 1.0) | weights
 
 
-#: No more than a thousand patches are ever in the sequence, since whole pictures are a hundred times the work, and what
-#: is learnt on a thousand holds on all 9,216; nothing is reported on held-out digits before the end, so that no number
-#: here was chosen by them.
+#: No more than a thousand patches are ever in the sequence, since whole pictures are a hundred times the work: in the
+#: end they weigh as much as all 9,216 do. Nothing is reported on held-out digits before the end, so that no number here
+#: was chosen by them.
 LARGE_RECIPE = Recipe(
     canvas_name=LARGE.name,
     align_steps=2500,
@@ -83,10 +86,11 @@ LARGE_RECIPE = Recipe(
     full_patches=(64, 1024),
     full_whole=0.0,
     full_rest=(0.1, 0.05, 0.03),
-    polish_steps=600,
+    polish_steps=800,
     polish_batch=4,
-    polish_lr=5e-4,
-    polish_patches=(64, 1024),
+    polish_lr=7e-4,
+    polish_patches=(128, 768),
+    polish_weighs=True,
     polish_whole=0.0,
     polish_rest=(0.1, 0.05, 0.03),
     polish_weights=_weights(position_to_digit=3.0, count_all=3.0, read_all=2.0),

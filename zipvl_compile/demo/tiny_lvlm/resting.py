@@ -82,13 +82,16 @@ def _attend(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """scaled_dot_product_attention, as transformers calls it; the mask is bool, (batch, 1, n, n)."""
+    """scaled_dot_product_attention, as transformers calls it; the mask is bool or float, (batch, 1, n, n)."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
     watched = _WATCHED.get()
     if watched is not None:
         few = query[:, :, watched.rows].unflatten(1, (key.shape[1], -1))  # (batch, KV heads, group, rows, head_dim)
         scores = scaling * few @ key[:, :, None].transpose(-1, -2)
-        shown = attention_mask[:, :, None, watched.rows]
+        added = attention_mask[:, :, None, watched.rows]
+        shown = added if added.dtype == torch.bool else added > float("-inf")
+        if added is not shown:
+            scores = scores + added
         logs = scores.masked_fill(~shown, float("-inf")).log_softmax(-1)
         of_picture, of_questions = logs[..., 0].tensor_split([watched.prefix_rows], dim=-1)
         watched.picture.append(-of_picture.mean())

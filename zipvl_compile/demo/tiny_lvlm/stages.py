@@ -14,6 +14,7 @@ from zipvl_compile.demo.tiny_lvlm.batches import (
     NO_DIGIT,
     PackedQuestions,
     kept_patches,
+    log_weights,
     pack_questions,
     packed_mask,
     patch_labels,
@@ -62,11 +63,16 @@ def _pictures(recipe: Recipe, rng: np.random.Generator, scenes: list, kept: torc
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, kept: torch.Tensor, packed: PackedQuestions
+    model: LlavaForConditionalGeneration,
+    features: torch.Tensor,
+    kept: torch.Tensor,
+    packed: PackedQuestions,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits at the places that have a label, float32 (answer words of the whole batch, vocabulary).
 
     features: of the patches in the sequence, (batch, n, hidden).  kept: which ones, (batch, n), ascending.
+    weights: see ``log_weights``.
     """
     words = model.get_input_embeddings()(packed.ids)
     start = model.get_input_embeddings()(torch.full((len(kept), 1), model.config.get_text_config().bos_token_id))
@@ -74,7 +80,7 @@ def answer_logits(
     positions = torch.cat([torch.zeros_like(kept[:, :1]), 1 + kept, 1 + tokens + packed.positions], dim=1)
     hidden = model.model.language_model(
         inputs_embeds=torch.cat([start, features, words], dim=1),
-        attention_mask=packed_mask(packed.group, prefix),
+        attention_mask=packed_mask(packed.group, prefix, weights),
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state[:, prefix:]
@@ -162,8 +168,8 @@ def _whole_model(
     weights: dict[str, float],
 ) -> Iterator[str | None]:
     rng = np.random.default_rng([recipe.seed, number])
-    steps, batch, rate, patches, whole, rest = (
-        getattr(recipe, f"{stage}_{name}") for name in ("steps", "batch", "lr", "patches", "whole", "rest")
+    steps, batch, rate, patches, whole, rest, weighs = (
+        getattr(recipe, f"{stage}_{name}") for name in ("steps", "batch", "lr", "patches", "whole", "rest", "weighs")
     )
     parts = _language_parts(model, rate) + _vision_parts(model, rate * recipe.full_vision_share)
     optimizer = Optimizer(parts, recipe.weight_decay, recipe.muon)
@@ -174,7 +180,8 @@ def _whole_model(
         kept = kept_patches(rng, scenes, recipe.canvas.tokens if of_all else int(rng.integers(*patches)))
         packed = pack_questions(rng, scenes, recipe.questions_per_image, weights, with_hints=True)
         features = patch_features(model, _pictures(recipe, rng, scenes, kept), kept)
-        line = _answer_step(model, optimizer, features, kept, packed, rest, rng)
+        many = log_weights(scenes, kept) if weighs else None
+        line = _answer_step(model, optimizer, features, kept, packed, rest, rng, many)
         reports = _is_report(step, steps, every=min(250, max(steps // 4, 1)))
         yield f"{line}, {_packed_accuracy(model, recipe, patches[1])}" if reports else None
 
@@ -187,16 +194,17 @@ def _answer_step(
     packed: PackedQuestions,
     rest: tuple[float, float, float],
     rng: np.random.Generator,
+    weights: torch.Tensor | None = None,
 ) -> str:
     labels = packed.labels[packed.labels != IGNORED]
     if any(rest):
         prefix = 1 + kept.shape[1]
         with watching(model, rng, prefix, prefix + packed.ids.shape[1]) as watched:
-            logits = answer_logits(model, features, kept, packed)
+            logits = answer_logits(model, features, kept, packed, weights)
         loss = F.cross_entropy(logits, labels)
         added, said = watched.loss(*rest), f", {watched}"
     else:
-        logits, said = answer_logits(model, features, kept, packed), ""
+        logits, said = answer_logits(model, features, kept, packed, weights), ""
         loss = F.cross_entropy(logits, labels)
         added = torch.zeros_like(loss)
     optimizer.update(loss + added)

@@ -54,6 +54,23 @@ def test_the_terms_of_even_attention_are_logs_of_how_much_is_seen():
     assert str(watched) == ", ".join(f"{name} {' '.join([f'{value:.2f}'] * 4)}" for name, value in said.items())
 
 
+def test_a_mask_of_numbers_is_added_to_the_scores():
+    model = build_model(0).eval()
+    bias = torch.zeros(LENGTH).index_fill(0, torch.tensor([5]), 3.0)
+    mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1) + bias
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+        with watching(model, np.random.default_rng(0), PREFIX, LENGTH) as watched:
+            model.model.language_model(
+                inputs_embeds=torch.randn(1, LENGTH, model.config.text_config.hidden_size),
+                attention_mask=mask[None, None],
+                use_cache=False,
+            )
+    expected = [math.log(sum(bias[: row + 1].exp().tolist())) for row in watched.rows[:ROWS].tolist()]
+    torch.testing.assert_close(torch.stack(watched.picture), torch.full((4,), sum(expected) / ROWS))
+
+
 def test_the_loss_has_attention_rest():
     model = build_model(0).train()
     embeds = torch.randn(1, LENGTH, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
