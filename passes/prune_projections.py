@@ -59,7 +59,7 @@ from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Cone
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, rows_of, size
 from zipvl_compile.passes.tokenwise.row_values import ZERO
-from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
+from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, raise_rows
 
 Rows = Shared | OfEachSample
 EVERY_TOKEN = "every token is kept"
@@ -227,9 +227,9 @@ def prune(
         why not, as `Pruning` has it: `reasons`, `skipped` and `keys`.
     """
     query, cone, skipped, reasons = None, None, None, {}
+    keys = None if selects else _kept_alone(site, site.keys, kept, graph)
     if reason := _kept_alone(site, site.values, kept, graph):
         reasons["v"] = reason
-    keys = None if selects else _kept_alone(site, site.keys, kept, graph)
     try:
         with undone_on_error(graph):
             if site.whole:
@@ -296,3 +296,5 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         if around.positions not in rows:
             rows[around.positions] = kept_rows(around.positions)
         sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, site.selects, skips)))
+        if not site.selects:
+            raise_rows(rows[around.positions])

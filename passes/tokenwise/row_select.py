@@ -31,11 +31,15 @@ def size(x: Node, axis: int, before: Node) -> Any:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows `index`; what was taken further up the graph is not taken again."""
+    """Rows `index`; what was taken or put further up the graph is not taken again, nor overwritten.
+
+    take(put(rows, x)) = rows              put(rows, put(others, x)) = put(rows, x)
+    """
 
     index: Node
     count: Any
     taken: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
+    under: dict[tuple[Node, Axes], Node] = field(default_factory=dict)
 
     def take(self, x: Node, axes: Axes, before: Node) -> Node:
         """Return the rows of `x`, inserted before a node."""
@@ -44,7 +48,17 @@ class _Rows:
             self.taken[key] = self._take(x, axes, before)
         return self.taken[key]
 
+    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
+        """Return `base` with `rows` in their places, inserted before a node."""
+        base = self.under.get((base, axes), base)
+        full = self._put(rows, axes, base, before)
+        self.taken[full, axes], self.under[full, axes] = rows, base
+        return full
+
     def _take(self, x: Node, axes: Axes, before: Node) -> Node:
+        raise NotImplementedError
+
+    def _put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         raise NotImplementedError
 
 
@@ -54,8 +68,7 @@ class Shared(_Rows):
     def _take(self, x: Node, axes: Axes, before: Node) -> Node:
         return insert_call(before, torch.index_select, (x, axes.token, self.index))
 
-    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
-        """Return `base` with `rows` in their places."""
+    def _put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         return insert_call(before, torch.index_copy, (base, axes.token, self.index, rows))
 
 
@@ -78,8 +91,7 @@ class OfEachSample(_Rows):
             before, torch.gather, (x, token, insert_call(before, torch.ops.aten.expand.default, (index, sizes)))
         )
 
-    def put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
-        """Return `base` with `rows` in their places."""
+    def _put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         assert axes.batch is not None
         index = self._spread(example(rows).dim(), axes.token, axes.batch, before)
         index = insert_call(before, torch.ops.aten.expand_as.default, (index, rows))

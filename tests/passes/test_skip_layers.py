@@ -131,6 +131,8 @@ def test_layers_that_take_the_selection_of_another_need_no_other_keys(record, ev
         count = sum(selects)
         assert recorder.added[0]["zipvl.token_scores"] == recorder.added[0]["zipvl.select_tokens"] == count
         assert [width == N for width in widths(recorder.graphs[0])["k"]] == selects
+        puts = [node for node in recorder.graphs[0].nodes if node.target in (torch.index_copy, torch.scatter)]
+        assert len(puts) == count, "layers of one selection put their tokens back once, after the last of them"
 
 
 @pytest.mark.parametrize("form", ["sequential", "parallel", "several experts", "routed experts"])
