@@ -25,11 +25,11 @@ def generate(f: Any, x: dict) -> Any:
     return f.generate(**x, **options)
 
 
-def first_logits(family: str) -> tuple[Tensor, Tensor, list[str | None]]:
+def first_logits(family: str, **options: Any) -> tuple[Tensor, Tensor, list[str | None]]:
     """Return the logits after the prompt, compiled and written out, and why layers are not skipped, by site."""
     x = inputs(family)
     with collect() as reports:
-        out = generate(compiled(family, **SKIPPING), x)
+        out = generate(compiled(family, **SKIPPING, **options), x)
     pruned = [one for report in reports for one in report.pruned]
     kept = zipvl_compile.kept_tokens(out)
     eager, seen = model(family), set[str]()
@@ -73,11 +73,11 @@ def _run_on(layer: nn.Module, kept: Tensor) -> None:
     layer.forward = forward  # type: ignore[method-assign]
 
 
-def run(family: str) -> tuple[float, float, list[str | None]]:
+def run(family: str, **options: Any) -> tuple[float, float, list[str | None]]:
     """Return the largest difference of the logits, of compiled to written out and to dense, and why layers are not
     skipped, by attention; a model that forbids some tokens gives them logits that are no numbers of its own."""
     torch._dynamo.reset()
-    got, expected, reasons = first_logits(family)
+    got, expected, reasons = first_logits(family, **options)
     dense = generate(model(family), inputs(family)).logits[0]
     allowed = expected.abs() < 1e6
     size = expected[allowed].abs().max()

@@ -15,8 +15,8 @@ OTHERS = (
 )  # fmt: skip
 
 
-def check(family):
-    difference, from_dense, reasons = run(family)
+def check(family, **options):
+    difference, from_dense, reasons = run(family, **options)
     assert reasons and set(reasons) <= {"", NARROWED}
     assert difference < 1e-5 and from_dense > 1e-4, "tokens that pass a layer must matter in this case"
 
@@ -35,3 +35,8 @@ def test_tokens_pass_the_layers_of_a_family(family):
 @pytest.mark.parametrize("family", OTHERS)
 def test_tokens_pass_the_layers_of_every_family(family):
     check(family)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl_moe"])
+def test_tokens_pass_layers_that_do_not_select(family):
+    check(family, score_every=2)

@@ -1,6 +1,6 @@
 """Train the tiny LVLM: ``python -m zipvl_compile.demo.tiny_lvlm.train --out DIR``.
 
-Four stages, for the small canvas about 70 minutes on one CPU core:
+Four stages, for the small canvas about 70 minutes on one CPU core, for the large one 50 on two:
 
 * ``align``: vision tower and projector alone.  Every patch must say its digit, colour, row and column
   in the (random, fixed) word embeddings of the language model.  Without this stage the language model
@@ -18,7 +18,8 @@ both at that word and at the picture.
 
 No stage knows anything of token selection inside a layer: attention is dense over whatever the
 sequence holds.  On the large canvas the loss has rows that look for nothing rest on ``<bos>``, as those of
-pretrained models do: see ``resting``.  Every stage has its own seed, and ``--resume`` skips the stages
+pretrained models do: see ``resting``; in its last stage the background in the sequence weighs as much as that of
+the whole picture.  Every stage has its own seed, and ``--resume`` skips the stages
 already finished under ``DIR``.  The shipped checkpoint of the small canvas was trained with ``--threads 1``;
 other thread counts round differently.
 """
