@@ -31,7 +31,7 @@ def test_layers_by_their_numbers_keep_every_token(record, dense, kept):
 
 
 def test_one_layer_selects_for_those_that_follow(record):
-    (_, *caches), recorder = record(Stack(layers=3), hidden_states(batch=2), share=True, dense_layers=1, **RATIO)
+    (_, *caches), recorder = record(Stack(layers=3), hidden_states(batch=2), score_every=0, dense_layers=1, **RATIO)
     (_, first, second) = (cache[2] for cache in caches)
     assert first.shape[2] == P and torch.equal(first, second)
     assert len(SelectTokensCall.all(recorder.graphs[0])) == 1 and len(SparseAttentionCall.all(recorder.graphs[0])) == 2
@@ -50,13 +50,13 @@ def test_a_selection_of_each_head_serves_no_layer_of_other_heads(record, modules
 
     for groups, selections in (("kv_head", 2), ("layer", 1)):
         torch._dynamo.reset()
-        _, recorder = record(Wrapped(forward), q, k, v, share=True, groups=groups)
+        _, recorder = record(Wrapped(forward), q, k, v, score_every=0, groups=groups)
         assert len(SelectTokensCall.all(recorder.graphs[0])) == selections
         assert [site.reason for site in recorder.sites[0].prefill] == [None] * 3
 
 
 def test_projections_are_pruned_for_a_shared_selection(record):
-    both(record, Stack(layers=3), hidden_states(), share=True, **RATIO)
+    both(record, Stack(layers=3), hidden_states(), score_every=0, **RATIO)
 
 
 def test_a_dense_prefill_gives_the_answer_of_the_model_and_a_small_cache(record):
