@@ -22,8 +22,7 @@ class RoutedExperts:
         experts: K, of how many each token takes.
     """
 
-    __name__ = "routed_experts"
-    __module__ = __name__
+    __name__ = "routed_experts"  # as a function, which graphs call their targets by
 
     def __init__(self, graph: Graph, tokens: int, experts: int) -> None:
         self.graph, self.tokens, self.experts = graph, tokens, experts

@@ -31,7 +31,7 @@ class Tokens(Enum):
     REPEAT = auto()
     FRESH = auto()
     COPY = auto()
-    EXPERTS = auto()  # the first axis: see `routed_experts.py`
+    EXPERTS = auto()  # the first axis of the first tensors: see `graph/experts.py`
 
 
 class Values(Enum):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -45,12 +46,14 @@ class Mixture:
 
     Attributes:
         ids: `[n, K]`.
+        sort: what sorts them.
         nodes: the operations, and what each of them gives.
         tokens: what they read with a row for each token: `ids`, and others.
         result: the last one.
     """
 
     ids: Node
+    sort: Node
     nodes: dict[Node, Rows] = field(default_factory=dict)
     tokens: list[Node] = field(default_factory=list)
     result: Node | None = None
@@ -71,8 +74,9 @@ def find(sort: Node) -> Mixture:
         Mixes: it is none, or one that is not known to treat each token by itself.
     """
     flat = arguments(sort)["input"]
-    mixture = Mixture(_whole(flat))
-    if not isinstance(mixture.experts, int) or arguments(sort).get("dim", -1) not in (0, -1):
+    mixture = Mixture(_whole(flat), sort)
+    whole_numbers = example(flat).dtype in (torch.int32, torch.int64)
+    if not isinstance(mixture.experts, int) or not whole_numbers or not _ascends(sort):
         raise Mixes("no experts are sorted")
     _add_pairs(flat, mixture)
     node = sort
@@ -87,6 +91,12 @@ def find(sort: Node) -> Mixture:
         if inner is not mixture.result and outside:
             raise Mixes(f"{spelled(outside[0])!r} reads what is sorted by expert")
     return mixture
+
+
+def _ascends(sort: Node) -> bool:
+    """Return whether the least comes first, as the runs of a grouped product do, and as an inverse needs it."""
+    given = arguments(sort)
+    return given.get("descending", False) is False and given.get("dim", -1) in (0, -1)
 
 
 def _whole(flat: Any) -> Node:
@@ -127,7 +137,7 @@ def _add(node: Node, mixture: Mixture) -> None:
 
 
 def _sorting(node: Node, kinds: set[Rows], mixture: Mixture) -> Rows | None:
-    if kinds == {Rows.PAIRS} and is_op(node, "sort", "argsort"):
+    if node is mixture.sort:  # another one, of the same ids even, may order them otherwise
         return Rows.SORT if is_op(node, "sort") else Rows.ORDER
     if kinds == {Rows.SORT}:
         return (Rows.IDS, Rows.ORDER)[node.args[1]] if is_op(node, "getitem") else None  # type: ignore[index]
@@ -137,7 +147,7 @@ def _sorting(node: Node, kinds: set[Rows], mixture: Mixture) -> Rows | None:
 def _positions(node: Node, kinds: set[Rows], mixture: Mixture) -> Rows | None:
     if kinds == {Rows.ORDER} and is_op(node, "floor_divide"):
         return Rows.TOKENS if arguments(node)["other"] == mixture.experts else None
-    if kinds == {Rows.ORDER} and is_op(node, "argsort"):
+    if kinds == {Rows.ORDER} and is_op(node, "argsort") and _ascends(node):
         return Rows.BACK
     if kinds == {Rows.ORDER} and is_op(node, "empty_like"):
         return Rows.BACK if _is_inverse(node, mixture) else None

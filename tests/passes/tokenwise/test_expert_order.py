@@ -61,7 +61,45 @@ def too_few_bins(x, router, up, down):
     return (rows[back(order)].view(-1, TAKEN, WIDTH) * values[..., None]).sum(1)
 
 
+def greatest_first(x, router, up, down):
+    """The runs of a grouped product begin with expert 0: which one a row meets depends on how many others there are."""
+    ids, values = route(x, router)
+    by_expert, order = torch.sort(ids.reshape(-1), descending=True)
+    rows = expert(x[order // TAKEN], ends_of(by_expert), up, down)
+    return (rows[back(order)].view(-1, TAKEN, WIDTH) * values[..., None]).sum(1)
+
+
+def by_weight(x, router, up, down):
+    """Counts leave out numbers below 0, so that the runs would end elsewhere for other tokens."""
+    _, values = route(x, router)
+    sorted_, order = torch.sort((4 * values - 1).reshape(-1))
+    rows = expert(x[order // TAKEN], ends_of(sorted_), up, down)
+    return rows[back(order)].view(-1, TAKEN, WIDTH).sum(1)
+
+
+def two_orders(x, router, up, down):
+    ids, values = route(x, router)
+    flat = ids.reshape(-1)
+    by_expert, order = torch.sort(flat)
+    rows = expert(x[order // TAKEN], ends_of(by_expert), up, down)
+    return (rows[back(torch.argsort(values.reshape(-1)))].view(-1, TAKEN, WIDTH)).sum(1)
+
+
+def sorted_again(x, router, up, down):
+    """Equal ids may come in another order."""
+    ids, values = route(x, router)
+    flat = ids.reshape(-1)
+    by_expert, order = torch.sort(flat)
+    rows = expert(x[order // TAKEN], ends_of(by_expert), up, down)
+    return (rows[back(torch.argsort(flat))].view(-1, TAKEN, WIDTH) * values[..., None]).sum(1)
+
+
 MIXING = {
+    "sorted by weight": by_weight,
+    "two orders": two_orders,
+    "sorted again": sorted_again,
+    "the greatest expert first": greatest_first,
+    "an inverse turned over": lambda *x: mixture(*x, undo=lambda order: order.argsort(descending=True)),
     "rows added up": lambda *x: mixture(*x, inside=lambda rows: rows.cumsum(0)),
     "a norm over rows": lambda *x: mixture(*x, inside=lambda rows: rows.softmax(0)),
     "rows of another token": rows_of_next,
