@@ -65,10 +65,10 @@ def work(attention: Node) -> int:
 def _of_a_token(node: Node, cone: Cone) -> int:
     """Return how many numbers of the weights of a projection a token is multiplied with."""
     weights = [example(x) for x in node.all_input_nodes if x not in cone.nodes]
-    if isinstance(node.target, RoutedExperts):  # [E, .., ..], of which each token takes some
-        return sum(x.numel() // x.shape[0] * node.target.experts for x in weights if x.dim() == 3)
-    sizes = [x.numel() for x in weights if isinstance(x, torch.Tensor) and x.dim() == 2]
-    return sum(size for size in sizes if isinstance(size, int))
+    taken = node.target.experts if isinstance(node.target, RoutedExperts) else None  # of E, for weights [E, .., ..]
+    axes = 2 if taken is None else 3
+    fixed = [x for x in weights if isinstance(x, torch.Tensor) and x.dim() == axes and isinstance(x.numel(), int)]
+    return sum(x.numel() if taken is None else x[0].numel() * taken for x in fixed)
 
 
 def rewrite(attention: Node, axes: Axes, out: Node, kept: Shared | OfEachSample) -> None:

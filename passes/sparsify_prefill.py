@@ -131,13 +131,13 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         site.attention, query=site.attention.in_its_dtype(site.attention.query)
                     )
                     if owner is None:
-                        if shared is None or left == 0 or not fits(shared, attention):
-                            shared = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
-                            left = settings.score_every or len(sites.prefill)
-                        else:
-                            site.selects = False
-                        left -= 1
-                        owner = attention, compact(site, attention, shared, settings)
+                        chosen = shared if left and shared is not None and fits(shared, attention) else None
+                        site.selects = chosen is None
+                        if chosen is None:
+                            chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
+                        owner = attention, compact(site, attention, chosen, settings)
+                        left = (left if not site.selects else settings.score_every or len(sites.prefill)) - 1
+                        shared = chosen  # only now: what is undone serves no other layer
                     if keeps_all(owner[1], attention) or not (needed := dense_because(site, settings)):
                         site.node = attend(attention, owner[1], sites.masks, settings)
                     else:

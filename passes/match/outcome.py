@@ -66,8 +66,7 @@ class Pruning:
     @property
     def for_every_token(self) -> dict[str, str]:
         """Return what is computed for every token though it might not be, each with the reason."""
-        also = {"k": self.keys, "layer": self.skipped}
-        return self.reasons | {part: reason for part, reason in also.items() if reason}
+        return self.reasons | {part: reason for part, reason in self._also.items() if reason}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -81,8 +80,12 @@ class Pruning:
     @property
     def done(self) -> str:
         """Return what is computed for the tokens only that need it, as "q, v, output" or "q, v, output, k, layer"."""
-        also = {"k": self.keys, "layer": self.skipped}
-        return ", ".join([*self.parts, *(part for part, reason in also.items() if reason == "")])
+        return ", ".join([*self.parts, *(part for part, reason in self._also.items() if reason == "")])
+
+    @property
+    def _also(self) -> dict[str, str | None]:
+        """Return what is not asked of every attention, with the reason, as in `skipped` and `keys`."""
+        return {"k": self.keys, "layer": self.skipped}
 
 
 @dataclass(frozen=True)

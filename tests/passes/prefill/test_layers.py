@@ -5,6 +5,7 @@ import torch
 from support.graph_modules import Wrapped
 from support.hidden_states import RATIO, N, P, Stack, both, hidden_states
 
+from zipvl_compile.passes import sparsify_prefill
 from zipvl_compile.passes.graph.op_calls import SelectTokensCall, SparseAttentionCall
 from zipvl_compile.passes.match.reasons import Why
 from zipvl_compile.passes.prefill.refusals import number_of
@@ -37,6 +38,21 @@ def test_one_layer_selects_for_those_that_follow(record):
     assert len(SelectTokensCall.all(recorder.graphs[0])) == 1 and len(SparseAttentionCall.all(recorder.graphs[0])) == 2
     (_, *alone), _ = record(Stack(layers=3), hidden_states(batch=2), dense_layers=1, **RATIO)
     assert torch.equal(alone[1][2], first) and not torch.equal(alone[2][2], second), "it must matter in this case"
+
+
+def test_a_selection_that_was_undone_serves_no_layer(record, monkeypatch):
+    real, calls = sparsify_prefill.compact, []
+
+    def fail_once(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise RuntimeError("a fault of ours")
+        return real(*given)
+
+    monkeypatch.setattr(sparsify_prefill, "compact", fail_once)
+    (_, *caches), recorder = record(Stack(layers=3), hidden_states(), score_every=0, **RATIO)
+    assert [cache[2].shape[2] for cache in caches] == [N, P, P] and torch.equal(caches[1][2], caches[2][2])
+    assert [site.rewritten for site in recorder.sites[0].prefill] == [False, True, True]
 
 
 def test_a_selection_of_each_head_serves_no_layer_of_other_heads(record, modules):
