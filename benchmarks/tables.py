@@ -146,9 +146,9 @@ def frontier() -> str:
     return "\n".join([*table, "", f"{'; '.join(cases.values())}. {source(rows)}"])
 
 
-def rules() -> str:
+def rules(file: str = "rules") -> str:
     """Return the speedup of prefill by each rule, with the bound that its own FLOPs allow."""
-    rows = latest("rules")
+    rows = latest(file)
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for (_, case, variant), metrics in rows.items():
         m = {name: line["value"] for name, line in metrics.items()}
@@ -158,6 +158,28 @@ def rules() -> str:
     table += ["| " + " | ".join([n, *(of.get(name, "") for name in names)]) + " |" for n, of in found.items()]
     said = "Over Inductor, and what its own FLOPs allow"
     return "\n".join([*table, "", f"{said}. {next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
+
+
+def skipped_layers() -> str:
+    """Return the speedup of prefill where tokens pass layers, with the bound that its own FLOPs allow."""
+    return rules("skipped_layers")
+
+
+def pictures() -> str:
+    """Return what an answer about one picture takes by `generate`, dense and zipvl."""
+    rows = latest("pictures")
+    table = [
+        "| image tokens | | prefill: dense | zipvl | | decode: dense | zipvl | | KV bytes |",
+        "|---" * 9 + "|",
+    ]
+    for (_, case, variant), metrics in rows.items():
+        m = {name: line["value"] for name, line in metrics.items()}
+        times = (m["dense"], m["zipvl"], m["decode_dense"], m["decode_zipvl"])
+        first, then, decode, later = (f"{value:.0f} ms" for value in times)
+        cells = [case.split()[-2], variant, first, then, f"{m['speedup']:.2f}x"]
+        cells += [decode, later, f"{m['decode_speedup']:.2f}x", f"{m['kv_bytes']:.0%}"]
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*table, "", f"{next(iter(rows))[1].rsplit(', ', 1)[0]}. {source(rows)}"])
 
 
 def demo() -> str:
@@ -251,7 +273,7 @@ def render(text: str) -> str:
     """Return the README with its tables replaced."""
     for name, table in (
         ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
-        ("gpu", gpu), ("rules", rules), ("demo", demo),
+        ("gpu", gpu), ("rules", rules), ("skipped_layers", skipped_layers), ("pictures", pictures), ("demo", demo),
     ):  # fmt: skip
         block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)

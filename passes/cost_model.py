@@ -47,6 +47,7 @@ CHOICE = site + B * ((score + multiply * D) * Hq * m * n + token * n)
 GATHERS = B * byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
 AMONG_KEPT = B * Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
 TO_WINDOW = B * Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
+CACHED = B * byte * size * Hkv * (D + Dv) * r * n
 SPARSE = CHOICE + GATHERS + AMONG_KEPT * (1 + masked * sparse_mask) + TO_WINDOW + B * product * work * r * n
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)
@@ -85,7 +86,8 @@ class Machine:
 def _values(shape: AttentionShape, machine: Machine) -> dict[sympy.Symbol, float]:
     of_shape = (B, Hq, Hkv, D, Dv, m, size, every, dense_mask, sparse_mask, local, work)
     of_machine = (attend, edge, multiply, score, token, byte, site, host, product, masked)
-    return dict(zip((*of_shape, *of_machine), map(float, (*astuple(shape), *astuple(machine))), strict=True))
+    numbers = (*astuple(shape)[: len(of_shape)], *astuple(machine))
+    return dict(zip((*of_shape, *of_machine), map(float, numbers), strict=True))
 
 
 @functools.cache
@@ -127,9 +129,13 @@ def _from(gain: sympy.Expr) -> int:
 def seconds(shape: AttentionShape, machine: Machine, tokens: int, kept: float) -> tuple[float, float]:
     """Return the predicted time of dense and of sparse attention over a prompt, in seconds.
 
+    Where so much is kept that it attends to all tokens, the latter is the choice, the gathers of the cache, and the
+    former.
+
     Args:
         tokens: prompt length.
         kept: fraction of the tokens that the layer keeps, in (0, 1].
     """
     given = _values(shape, machine) | {n: tokens, r: kept}
-    return float(DENSE.subs(given)), float((SPARSE + WAIT).subs(given))
+    sparse = CHOICE + CACHED + DENSE if kept >= shape.dense_from else SPARSE
+    return float(DENSE.subs(given)), float((sparse + WAIT).subs(given))

@@ -7,8 +7,10 @@ One file of `zipvl_compile/policies/` states one; every field is also an option 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from typing_extensions import Self
 
 from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.kernels.probe_rows import STRIDED
@@ -45,6 +47,8 @@ class Policy:
             `unselected="all"`. There is no window with "zero" and "hold".
         skip: what tokens that are not kept do without: "attention", or the whole "layer", which they pass on the
             residual stream as if it were not there (with "zero" only).
+        skip_in: which layers `skip="layer"` is for: their numbers, or from which fraction of all layers on, below 1; in
+            the others tokens that are not kept get what `unselected` says. None: all that select.
         prefill: "sparse" attends so; "dense" attends to all and compacts the cache only.
         dense_layers: layers that keep every token: how many of the first ones, which fraction of all layers from the
             first, below 1, or their numbers.
@@ -71,6 +75,7 @@ class Policy:
     sinks: int = 4
     kept_window: bool = False
     skip: Skip = "attention"
+    skip_in: float | tuple[int, ...] | None = None
     prefill: Literal["sparse", "dense"] = "sparse"
     dense_layers: int | float | tuple[int, ...] = 0
     score_every: int = 1
@@ -97,6 +102,15 @@ class Policy:
     def probe_seed(self) -> int:
         """Return what the operators take for the draw of probe rows."""
         return STRIDED if self.draw == "strided" else self.seed
+
+    def of_layer(self, number: int) -> Self:
+        """Return the rule of the layer of a number: who passes a layer gets no attention from it."""
+        if self.skip == "attention":
+            return self
+        assert not isinstance(self.skip_in, float), "counted before"
+        if self.skip_in is None or number in self.skip_in:
+            return replace(self, unselected="zero", kept_window=False)
+        return replace(self, skip="attention")
 
     @property
     def queries(self) -> str:

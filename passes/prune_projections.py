@@ -281,7 +281,6 @@ def _said(why: Exception) -> str:
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Prune the projections around every attention that was made sparse; note what was pruned and what not."""
     rows: dict[Node, Rows] = {}
-    skips = settings.skip == "layer"
     for site in sites.prefill:
         if not site.rewritten:
             continue
@@ -290,11 +289,11 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
             reasons = dict.fromkeys(PARTS, reason)
             if around is not None and reason != EVERY_TOKEN:
                 reasons = prune_last_query(around, graph, reason)
-            sites.pruned.append(Pruning(site.name, reasons, reason if skips else None))
+            sites.pruned.append(Pruning(site.name, reasons, reason if site.skips else None))
             continue
         assert around is not None
         if around.positions not in rows:
             rows[around.positions] = kept_rows(around.positions)
-        sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, site.selects, skips)))
+        sites.pruned.append(Pruning(site.name, *prune(around, rows[around.positions], graph, site.selects, site.skips)))
         if not site.selects:
             raise_rows(rows[around.positions])

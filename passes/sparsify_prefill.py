@@ -41,8 +41,10 @@ from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks, four_axes
 from zipvl_compile.passes.match import reasons
 from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason
 from zipvl_compile.passes.match.sites import Site, Sites
+from zipvl_compile.passes.prefill import ranks
 from zipvl_compile.passes.prefill.refusals import (
     FIRST_IS_DENSE,
     left_alone,
@@ -109,11 +111,17 @@ def dense_because(site: Site, settings: Settings) -> str:
     return "" if settings.unselected == "hold" else site.needs_true_rows  # held rows are rows of the model's own
 
 
+def rule_of(number: int, settings: Settings, demanded: Demanded) -> Settings:
+    """Return the rule of the layer of a number; where every row is read, every query attends."""
+    own = settings.of_layer(number)
+    if not demanded.every or own.unselected == "all":
+        return own
+    windows = own.kept_window or own.unselected == "window"  # a window stays, and kept tokens are seen besides
+    return dataclasses.replace(own, unselected="all", kept_window=windows)
+
+
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Rewrite every prefill site that allows it; note the reason at the others."""
-    if sites.demanded.every and settings.unselected != "all":  # a window stays, and kept tokens are seen besides
-        windows = settings.kept_window or settings.unselected == "window"
-        settings = dataclasses.replace(settings, unselected="all", kept_window=windows)
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
     numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
     settings = with_counted_layers(settings, numbers)
@@ -123,8 +131,12 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
         first, owner = site.layer not in layers, layers.get(site.layer)
         try:
             site.mask = sites.masks.form(site.attention)
-            site.shape = shape_of(site.attention, site.mask, settings)
-            site.reason = reason_to_stay(site, owner, first, numbers[row], settings)
+            own = rule_of(numbers[row], settings, sites.demanded)
+            site.skips = own.skip == "layer"
+            unshared = ranks.refusal(site.attention, own)
+            site.group = None if unshared else ranks.group_of(site.attention)
+            site.shape = shape_of(site.attention, site.mask, own, site.group is not None)
+            site.reason = unshared or reason_to_stay(site, owner, first, numbers[row], own)
             if site.reason is None:
                 with undone_on_error(graph):
                     attention = dataclasses.replace(
@@ -134,12 +146,12 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         chosen = shared if left and shared is not None and fits(shared, attention) else None
                         site.selects = chosen is None
                         if chosen is None:
-                            chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, settings)
-                        owner = attention, compact(site, attention, chosen, settings)
+                            chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, own)
+                        owner = attention, compact(site, attention, chosen, own)
                         left = (left if not site.selects else settings.score_every or len(sites.prefill)) - 1
                         shared = chosen  # only now: what is undone serves no other layer
-                    if keeps_all(owner[1], attention) or not (needed := dense_because(site, settings)):
-                        site.node = attend(attention, owner[1], sites.masks, settings)
+                    if keeps_all(owner[1], attention) or not (needed := dense_because(site, own)):
+                        site.node = attend(attention, owner[1], sites.masks, own)
                     else:
                         site.needs_true_rows = needed
                     site.rewritten = True

@@ -98,11 +98,18 @@ class ZipVLOptions(Policy):
                 "zipvl option 'kept_window': expected unselected='window' or 'all' beside it, which have a window, got "
                 f"unselected={parsed.unselected!r}. Leave it out, or choose policy='union'."
             )
-        if parsed.skip == "layer" and (parsed.unselected != "zero" or parsed.prefill != "sparse"):
+        local = parsed.skip_in is None and parsed.unselected != "zero"
+        if parsed.skip == "layer" and (local or parsed.prefill != "sparse"):
             raise OptionError(
                 "zipvl option 'skip': expected unselected='zero' and prefill='sparse' beside skip='layer', since a "
                 f"token that passes a layer gets no attention, got unselected={parsed.unselected!r} and "
-                f"prefill={parsed.prefill!r}. Choose policy='skip_layers', or leave 'skip' out."
+                f"prefill={parsed.prefill!r}. Choose policy='skip_layers', name the layers by skip_in=[...], or leave "
+                "'skip' out."
+            )
+        if parsed.skip_in is not None and parsed.skip != "layer":
+            raise OptionError(
+                f"zipvl option 'skip_in': expected skip='layer' beside it, whose layers it names, got skip="
+                f"{parsed.skip!r}. Give both, or neither."
             )
         if parsed.mode is not None and parsed.inner != "inductor":
             raise OptionError(
@@ -249,6 +256,15 @@ _CHECKS: dict[str, _Check] = {
     "kept_window": (_flag, "True or False", "Use False to let kept tokens see kept tokens only."),
     "queries": _words("selected", "all", remedy='It is unselected="zero" or unselected="all" now.'),
     "skip": _words(*get_args(Skip), remedy='Use "attention" for the paper\'s method.'),
+    "skip_in": (
+        lambda value: (
+            all(map(_count(0), value))
+            if isinstance(value, (list, tuple))
+            else value is None or (_number(value) and 0 < value < 1)
+        ),
+        "None, a fraction in (0, 1), or a list of layer numbers",
+        "Use None for every layer that selects.",
+    ),
     "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
     "dense_layers": (
         lambda value: (

@@ -27,6 +27,7 @@ from zipvl_compile.passes import (
     choose_kernels,
     demand_rows,
     fold_experts,
+    fold_sums,
     fuse_gathers,
     keep_every_token,
     keep_true_rows,
@@ -59,6 +60,7 @@ class Row:
 
 PIPELINE: tuple[Row, ...] = (
     Row("fold_experts", fold_experts.apply, ("sites",), "experts as single calls"),
+    Row("fold_sums", fold_sums.apply, ("sites",), "sums over ranks as values"),
     Row("read_demands", read_demands.apply, ("sites",), "rows that are read"),
     Row("keep_true_rows", keep_true_rows.apply, ("sites", "rows that are read"), "what takes rows of zeros"),
     Row("sparsify_prefill", sparsify_prefill.apply, ("rows that are read", "what takes rows of zeros"), "selections"),

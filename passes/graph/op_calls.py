@@ -123,7 +123,7 @@ class SelectTokensCall(OpCall):
     @property
     def scores(self) -> TokenScoresCall:
         """Return the call whose scores are selected from."""
-        return TokenScoresCall.read(self.accumulated.args[0])
+        return TokenScoresCall.read(self.visible.args[0])  # the scores themselves may be a sum over ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,11 +179,14 @@ _row("embedding, interpolate, normalize, one_hot, pad, conv2d, conv3d, group_nor
 _row("add_batch_dim", "input dim level", functions=ADD_BATCH_DIM, view=True, effect=True)
 _row("remove_batch_dim", "input level size out_dim", functions=REMOVE_BATCH_DIM, view=True, effect=True)
 # Operators of other libraries, by the names of their schemas: a product with a weight of int8 and its scales; one of
-# runs of rows, each with a weight of its own.
+# runs of rows, each with a weight of its own; a sum over ranks, and what waits for it.
 _FOREIGN = {
     "quanto::qbytes_mm": Op("qbytes_mm", ("input", "weights", "output_scales"), T.FEATURES, V.LINEAR),
     "transformers::grouped_mm_fallback": Op("grouped_mm", ("input", "other", "offs")),
+    "_c10d_functional::all_reduce": Op("all_reduce", ("input", "reduce_op", "group_name"), T.FIRST, V.SUM),
+    "_c10d_functional::wait_tensor": Op("wait_tensor", ("input",), T.FIRST, V.KEPT, view=True),
 }
+NAMES.update(op.name for op in _FOREIGN.values())
 EXPERTS = Op("routed_experts", ("*tensors",), Tokens.EXPERTS)
 NAMES.add(EXPERTS.name)
 

@@ -25,7 +25,7 @@ def rewrite(nodes: Iterable[Node]) -> None:
     """Replace those of `nodes`, in their order, that may be replaced."""
     for node in nodes:
         other = _other(node)
-        if other is None or not _is_own(node):
+        if other is None or not is_own(node):
             continue
         new = insert_call(node, other, node.args, node.kwargs)
         old, value = example(node), example(new)
@@ -50,7 +50,7 @@ def _other(node: Node) -> Callable[..., Any] | None:
     return getattr(torch, name[:-1], None) if name.endswith("_") else None
 
 
-def _is_own(node: Node) -> bool:
+def is_own(node: Node) -> bool:
     """Return whether nobody reads what it writes through another tensor."""
     targets = written(node)
     if len(targets) != 1 or targets[0] is not arguments(node).get("input") or not _is_new(targets[0]):

@@ -23,9 +23,10 @@ REMOVE_BATCH_DIM = tuple(module._remove_batch_dim for module in _VMAP if hasattr
 TENSOR = (torch.tensor, torch._refs.tensor)  # the latter where its number is symbolic
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+COLLECTIVES = torch.ops._c10d_functional  # between ranks, as values
 
 __all__ = [
-    "ADD_BATCH_DIM", "ENTER_AUTOCAST", "EXIT_AUTOCAST", "NATIVE", "REMOVE_BATCH_DIM", "TENSOR",
+    "ADD_BATCH_DIM", "COLLECTIVES", "ENTER_AUTOCAST", "EXIT_AUTOCAST", "NATIVE", "REMOVE_BATCH_DIM", "TENSOR",
     "FakeTensor", "OpOverload", "OpOverloadPacket", "copy_source", "fake_mode_of", "faking", "leaves",
 ]  # fmt: skip
 

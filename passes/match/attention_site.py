@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -116,6 +117,8 @@ class AttentionShape:
         dense_mask, sparse_mask: dense, or sparse, attention reads a mask from memory.
         local: keys that every query sees besides the kept ones (tokens).
         work: what a token saves that passes the layer (multiply-adds); 0 where none does.
+        dense_from: fraction of kept tokens from which it attends to every token instead.
+        shared: other ranks have others of its heads.
     """
 
     batch: int
@@ -130,6 +133,8 @@ class AttentionShape:
     sparse_mask: bool = False
     local: int = 0
     work: int = 0
+    dense_from: float = math.inf
+    shared: bool = False
 
 
 def module_path(node: Node) -> str:

@@ -39,6 +39,7 @@ class Why(Enum):
     LATENT_CACHE = auto()
     NOT_RECOGNISED = auto()
     GRADIENTS = auto()
+    RANKS = auto()
     FAULT = auto()
 
 

@@ -39,6 +39,8 @@ class Site:
         reason: why it stays dense, once that is known.
         note: what was not done to it, though it was rewritten.
         selects: whether it computes scores of its own, which read all keys.
+        skips: whether tokens that it does not keep should pass its layer.
+        group: the process group whose ranks share its heads; None where one rank has them all.
         needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
@@ -50,6 +52,8 @@ class Site:
     name: str = field(init=False)
     rewritten: bool = False
     selects: bool = True
+    skips: bool = False
+    group: str | None = None
     reason: Reason | None = None
     needs_true_rows: str = ""
     note: Reason | None = None

@@ -87,15 +87,20 @@ def too_short(attention: Attention, shape: AttentionShape, settings: Settings) -
     return None if n >= least else Reason(Why.SHORT_PROMPT, f"prompt shorter than min_tokens={least}", least)
 
 
-def shape_of(attention: Attention, form: MaskForm, settings: Settings) -> AttentionShape:
-    """Return what the cost of an attention depends on; a batch of symbolic size counts as one sample."""
+def shape_of(attention: Attention, form: MaskForm, settings: Settings, shared: bool) -> AttentionShape:
+    """Return what the cost of an attention depends on; a batch of symbolic size counts as one sample.
+
+    `shared`: other ranks have others of its heads.
+    """
     q, k, v = (example(x) for x in (attention.query, attention.key, attention.value))
     batch = q.shape[0] if isinstance(q.shape[0], int) else 1
     sizes = (batch, q.shape[1], k.shape[1], q.shape[3], v.shape[3], settings.probes, q.element_size())
     masked = attention.mask is not None
     local = settings.window + settings.sinks if settings.local else 0
     work = skip_layers.work(attention.node) if settings.skip == "layer" else 0
-    return AttentionShape(*sizes, settings.queries == "all", masked, masked and form.needs_matrix, local, work)
+    every, matrix = settings.queries == "all", masked and form.needs_matrix
+    dense_from = settings.dense_from if every and local and not matrix and settings.dense_from < 1 else math.inf
+    return AttentionShape(*sizes, every, masked, matrix, local, work, dense_from, shared)
 
 
 def number_of(name: str, place: int) -> int:
@@ -117,12 +122,20 @@ def left_alone(number: int, settings: Settings) -> Reason | None:
 
 
 def with_counted_layers(settings: Settings, numbers: tuple[int, ...]) -> Settings:
-    """Return settings whose `dense_layers` is no fraction; `numbers` are those of the layers of a graph.
+    """Return settings without fractions of layers; `numbers` are those of the layers of a graph.
 
     After graph breaks between its layers a graph holds few of them, and the frames that call it know how many it has.
     """
-    dense = settings.dense_layers
-    if not isinstance(dense, float):
+    dense, skip_in = settings.dense_layers, settings.skip_in
+    if not isinstance(dense, float) and not isinstance(skip_in, float):
         return settings
     layers = max(settings.decoder_layers() or 0, max(numbers, default=-1) + 1)
-    return dataclasses.replace(settings, dense_layers=math.ceil(round(dense * layers, 9)))
+
+    def first(fraction: float) -> int:
+        return math.ceil(round(fraction * layers, 9))
+
+    return dataclasses.replace(
+        settings,
+        dense_layers=first(dense) if isinstance(dense, float) else dense,
+        skip_in=tuple(range(first(skip_in), layers)) if isinstance(skip_in, float) else skip_in,
+    )

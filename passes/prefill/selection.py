@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels.budget import Budget
+from zipvl_compile.passes.graph.collectives import insert_sum
 from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, insert_input, replace
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, outputs
 from zipvl_compile.passes.graph.private import fake_mode_of
@@ -101,6 +102,8 @@ def select(
         groups=groups_of(site, settings), even=settings.score == "even",
     ).insert(node)  # fmt: skip
     accumulated, visible = outputs(scores, node)
+    if site.group is not None:  # the others have scores of their own heads
+        accumulated = insert_sum(accumulated, site.group, node)
     keep_recent, protected = always_kept(site, demanded, settings)
     budget = None
     if settings.per_request and not settings.keeps_all:

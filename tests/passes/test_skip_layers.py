@@ -75,6 +75,25 @@ def halved(x, a, mlp):
     return x + mlp(x)
 
 
+@pytest.mark.parametrize("passed", [(0,), (1,), (), (0, 1), (7,), 0.5, 0.4, 0.6])
+def test_only_layers_of_some_numbers_are_passed(record, passed):
+    stack, x = Stack(), hidden_states(batch=2)
+    options = {"skip": "layer", "skip_in": passed, "unselected": "all", "kept_window": True, "window": 3, "sinks": 1}
+    (out, *caches), recorder = record(stack, x, prune=True, **options, **RATIO)
+    passed = {0.5: (1,), 0.4: (1,), 0.6: ()}.get(passed, passed)
+    n = x.shape[1]
+    causal, y = torch.ones(n, n, dtype=torch.bool).tril(), x
+    near = causal & (~torch.ones(n, n, dtype=torch.bool).tril(-3) | (torch.arange(n) < 1))
+    for number, (one, (*_, positions)) in enumerate(zip(stack.layers, caches, strict=True)):
+        is_kept = torch.zeros(y.shape[:2], dtype=torch.bool).scatter(1, positions[:, 0], True)
+        seen = causal & is_kept[:, None, None]
+        passing = number in passed
+        out_rows, _ = one(y, seen if passing else seen | near)
+        y = torch.where(is_kept[..., None] | (not passing), out_rows, y)
+    torch.testing.assert_close(out, stack.read(stack.norm(y)), rtol=1e-11, atol=1e-11)
+    assert [pruning.skipped for pruning in recorder.pruned] == ["" if i in passed else None for i in range(2)]
+
+
 SCALED = {
     "of the layer": ({"joined": lambda x, a, mlp: ((x + a) + mlp(x + a)) * SCALE}, lambda x: x * SCALE),
     "of the input": ({"joined": lambda x, a, mlp: (x * 0.9 + a) + mlp(x)}, lambda x: x * 0.9),

@@ -35,6 +35,7 @@ GOOD = {
     "kept_window": [True, False],
     "prefill": ["sparse", "dense"],
     "skip": ["attention"],
+    "skip_in": [None],
     "dense_layers": [0, 4, 0.25, (), (0, 3)],
     "score_every": [0, 1, 4],
     "groups": ["layer", "kv_head"],
@@ -66,6 +67,7 @@ BAD = {
     "kept_window": [0, 1, "yes", None],
     "prefill": ["Sparse", "", None, True],
     "skip": ["Layer", "", None, True],
+    "skip_in": [3, 0, 1.0, "all", (-1,), (0.5,), True],
     "dense_layers": [-1, 1.0, "4", None, True, (0, -1), ("a",)],
     "score_every": [-1, 1.0, "2", None, True],
     "calibration": ["", 1, True],
@@ -288,3 +290,13 @@ def test_the_user_of_compile_gets_a_value_error(case, how):
         model(torch.ones(1, 3))
     assert isinstance(raised.value, OptionError) and not isinstance(raised.value, BackendCompilerFailed)
     assert str(raised.value).startswith("zipvl option") and message in str(raised.value)
+
+
+def test_which_layers_are_skipped_needs_skipped_layers():
+    with pytest.raises(OptionError, match="'skip_in': expected skip='layer'"):
+        ZipVLOptions.parse({"skip_in": [1]})
+    with pytest.raises(OptionError, match="'skip': expected unselected='zero'"):
+        ZipVLOptions.parse({"skip": "layer"})
+    parsed = ZipVLOptions.parse({"skip": "layer", "skip_in": [1, 4]})
+    assert parsed.of_layer(1).unselected == "zero" and parsed.of_layer(1).skip == "layer"
+    assert parsed.of_layer(2).unselected == "all" and parsed.of_layer(2).skip == "attention"

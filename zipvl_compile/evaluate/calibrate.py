@@ -1,17 +1,20 @@
-"""`zipvl calibrate`: what selecting costs in each layer on the user's own pictures, and which layers should do it.
+"""`zipvl calibrate`: what selecting costs in each layer on the user's own pictures, and what each should skip.
 
-    cost(l) = mean over prompts of KL(dense || only layer l selects), over the tokens of the dense answer     (nats)
+    cost(l, s) = mean over prompts of KL(dense || only layer l selects, and its other tokens skip s)            (nats)
+    worth(l, s) = share of the prefill's FLOPs + share of the cached tokens that this saves
 
-Layers are taken from the cheapest on, as long as the sum of their costs stays within the target; then all of them are
-measured together, and the most expensive ones given up until that stays within it, too. One trace serves every layer:
-those that do not select keep every token, which is a number of the budget.
+over the tokens of the dense answer; s is attention alone or the whole layer.  Choices are made one by one, the one with
+the most worth for its cost first, as long as the sum of costs stays within the target; then all of them are measured
+together, and made anew within less until that stays within it, too.  One trace serves every layer: those that do not
+select keep every token, which is a number of the budget.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,11 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from zipvl_compile.evaluate.compiled import compiled_for
+from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.measures import kl
+from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.passes.match.reasons import Why
+from zipvl_compile.passes.policy import Skip
 from zipvl_compile.passes.prefill.refusals import number_of
 from zipvl_compile.per_request import only_in
 from zipvl_compile.report.compile_report import collect
@@ -30,22 +37,50 @@ ANSWER = 16  # tokens
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What is measured where one layer alone selects.
+
+    Attributes:
+        layer: its number.
+        skip: what its other tokens do without, "attention" or the "layer".
+        cost: KL to dense (nats).
+        flops, tokens: what it saves, as a share of the prefill's FLOPs and of the cached tokens of all layers.
+        chosen: whether the options have it.
+    """
+
+    layer: int
+    skip: Skip
+    cost: float
+    flops: float
+    tokens: float
+    chosen: bool = False
+
+    @property
+    def worth(self) -> float:
+        """Return what it saves of both: a layer is worth its time and its memory."""
+        return self.flops + self.tokens
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What selecting costs, and the options that follow.
 
     Attributes:
-        options: of the backend; `dense_layers` are those that should not select.
-        costs: KL of each layer that can select, alone (nats).
+        options: of the backend; `dense_layers` are those that should not select, `skip_in` those whose other tokens
+            should pass the layer.
+        choices: each layer that can select, alone.
         cost: of all that the options let select, together (nats).
         kept: share of the prompt that the cache keeps by these options, mean of all layers, in [0, 1].
+        flops: of a prefill by these options, as a share of the dense one's.
         target: that was asked for (nats).
         prompts: how many were measured.
     """
 
     options: dict[str, Any]
-    costs: dict[int, float]
+    choices: tuple[Choice, ...]
     cost: float
     kept: float
+    flops: float
     target: float
     prompts: int
 
@@ -85,29 +120,76 @@ def _log_probabilities(model: Any, inputs: Inputs, answer: torch.Tensor) -> tupl
     return torch.cat(out.logits).float().log_softmax(1), out
 
 
-class Measured:
-    """A model dense and compiled, and prompts with its dense answers."""
+@dataclass(frozen=True)
+class Found:
+    """What is measured of some layers together: KL (nats), share of the prompt that is kept, FLOPs of a prefill."""
 
-    def __init__(self, model: Any, prompts: Sequence[Inputs], options: Mapping[str, Any]) -> None:
-        self.prompts = list(prompts)
+    cost: float
+    kept: float
+    flops: int
+
+
+class Measured:
+    """Prompts with a model's dense answers, and what the model makes of them as options have it.
+
+    Attributes:
+        layers: the numbers of those that can select, by the options that were compiled last.
+        left_alone: the numbers of those that keep every token because the options say so.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Inputs]) -> None:
+        self.model, self.prompts = model, list(prompts)
         self.answers = [_answer(model, inputs) for inputs in self.prompts]
         given = zip(self.prompts, self.answers, strict=True)
         self.dense = [_log_probabilities(model, inputs, answer)[0] for inputs, answer in given]
+        self.layers: list[int] = []
+        self.left_alone: list[int] = []
+        self.compiled: Any = None
+
+    def compile(self, options: Mapping[str, Any]) -> bool:
+        """Compile the model; return whether tokens pass a layer where that is asked for."""
         with collect() as reports:
-            self.compiled = compiled_for(model, dict(options))
+            self.compiled = compiled_for(self.model, dict(options))
             _log_probabilities(self.compiled, self.prompts[0], self.answers[0])
         sites = [site for report in reports for site in report.sites if site.kind == "prefill"]
-        self.layers = sorted({number_of(site.layer, i) for i, site in enumerate(sites) if site.rewritten})
+        numbers = [(number_of(site.layer, i), site.reason) for i, site in enumerate(sites)]
+        self.layers = sorted({number for number, reason in numbers if reason is None})
+        self.left_alone = sorted({number for number, reason in numbers if reason and reason.why is Why.DENSE_LAYER})
+        return any(one.skipped == "" for report in reports for one in report.pruned)
 
-    def cost(self, layers: Collection[int]) -> tuple[float, float]:
-        """Return the mean KL to dense where only these layers select, and the share of the prompt that is kept."""
+    def of(self, layers: Collection[int]) -> Found:
+        """Return what it is where only these layers select."""
         found, shares = [], []
         with only_in(layers):
             for inputs, answer, dense in zip(self.prompts, self.answers, self.dense, strict=True):
                 got, out = _log_probabilities(self.compiled, inputs, answer)
                 found.append(kl(dense, got))
                 shares += [one.kept / one.prompt_length if one.prompt_length else 1.0 for one in stats(out).layers]
-        return sum(found) / len(found), sum(shares) / len(shares)
+            with CountedFlops() as counted, torch.no_grad():
+                self.compiled.generate(**self.prompts[0], max_new_tokens=1, do_sample=False)
+        return Found(sum(found) / len(found), sum(shares) / len(shares), counted.total)
+
+
+def best(choices: Sequence[Choice], target: float) -> dict[int, Choice]:
+    """Return what each layer should do, that which is worth the most first for what it costs, by its number.
+
+    Args:
+        choices: at most one of each layer is taken.
+        target: most that their costs may add up to (nats).
+    """
+    taken: dict[int, Choice] = {}
+    none = Choice(-1, "attention", 0.0, 0.0, 0.0)
+    while True:
+        steps = []
+        for one in choices:
+            before = taken.get(one.layer, none)
+            more = max(one.cost, 0.0) - max(before.cost, 0.0)
+            if one.worth > before.worth and sum(max(x.cost, 0.0) for x in taken.values()) + more <= target:
+                steps.append(((one.worth - before.worth) / more if more > 0 else math.inf, one.worth, one))
+        if not steps:
+            return taken
+        step = max(steps, key=lambda step: step[:2])[2]
+        taken[step.layer] = step
 
 
 def calibrate(
@@ -117,40 +199,66 @@ def calibrate(
     target: float,
     advance: Callable[[str], None] = lambda what: None,
 ) -> Calibration:
-    """Measure every layer, and choose those that select.
+    """Measure every layer, and choose those that select and what their other tokens skip.
 
     Args:
         model: an LVLM in eval mode; stays as it is.
         prompts: inputs of `generate`, one sample each.
-        options: of the backend, without `dense_layers`.
+        options: of the backend, without `dense_layers`. With `skip` they say what is skipped; else both are measured.
         target: most that all selecting layers may cost together (nats).
         advance: called with what is measured next.
 
     Raises:
         ValueError: no layer can select.
 
-    Source: the paper lets every layer select; layers differ by orders of magnitude in what that costs.
+    Source: the paper lets every layer select; layers differ by orders of magnitude in what that costs. To choose for
+    each layer what is skipped is what DOP (arXiv 2507.02909) and ShortV (arXiv 2504.00502) do for whole models.
     """
+    parsed = ZipVLOptions.parse(options)
+    options = {"dense_layers": 0, **options}
+    both = "skip" not in options and parsed.skip == "attention" and parsed.prefill == "sparse"
     advance("dense answers, and a trace")
-    measured = Measured(model, prompts, options)
+    measured = Measured(model, prompts)
+    measured.compile(options)
     if not measured.layers:
         raise ValueError(
             "calibrate: expected a model with attention that zipvl rewrites, got none. `zipvl explain` says why."
         )
-    costs = {}
-    for layer in measured.layers:
-        advance(f"layer {layer}")
-        costs[layer] = measured.cost([layer])[0]
-    order, chosen, total = sorted(costs, key=lambda layer: costs[layer]), [], 0.0
-    for layer in order:
-        if (total := total + max(costs[layer], 0.0)) > target:
+    every, choices = measured.layers, _each(measured, parsed.skip, advance)
+    if both:
+        advance("a trace where tokens pass whole layers")
+        if measured.compile(_passing(options, every)):
+            choices += _each(measured, "layer", advance)
+    compiled, within = tuple(every) if both else (), target
+    while True:
+        taken = best(choices, within)
+        passing = tuple(sorted(layer for layer, one in taken.items() if both and one.skip == "layer"))
+        advance(f"{len(taken)} layers together")
+        if passing != compiled:
+            measured.compile(_passing(options, passing))
+            compiled = passing
+        found = measured.of(taken)
+        if found.cost <= target or not taken:
             break
-        chosen.append(layer)
-    advance(f"{len(chosen)} layers together")
-    cost, kept = measured.cost(chosen)
-    while cost > target and chosen:
-        chosen.pop()
-        advance(f"{len(chosen)} layers together")
-        cost, kept = measured.cost(chosen)
-    dense = [layer for layer in measured.layers if layer not in chosen]
-    return Calibration({**options, "dense_layers": dense}, costs, cost, kept, target, len(measured.prompts))
+        within = min(within, sum(max(one.cost, 0.0) for one in taken.values())) * min(0.9, target / found.cost)
+    dense = sorted({*every, *measured.left_alone} - {*taken})
+    return Calibration(
+        {**_passing(options, passing), "dense_layers": dense},
+        tuple(replace(one, chosen=taken.get(one.layer) is one) for one in choices),
+        found.cost, found.kept, found.flops / measured.of(()).flops, target, len(measured.prompts),
+    )  # fmt: skip
+
+
+def _each(measured: Measured, skip: Skip, advance: Callable[[str], None]) -> list[Choice]:
+    """Measure each layer alone, as the model is compiled."""
+    dense, choices = measured.of(()), []
+    for layer in measured.layers:
+        advance(f"layer {layer}, {'whole' if skip == 'layer' else 'attention alone'}")
+        found = measured.of([layer])
+        choices.append(Choice(layer, skip, found.cost, 1 - found.flops / dense.flops, 1 - found.kept))
+    return choices
+
+
+def _passing(options: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """Return options whose tokens pass the layers of these numbers; those of the options' own rule if there is none."""
+    return {**options, "skip": "layer", "skip_in": list(layers)} if layers else dict(options)

@@ -64,16 +64,18 @@ def run(
     console.print(table(found))
     console.print(
         f"KL of what is chosen: {found.cost:.4f} nats (target {target}) with {found.kept:.1%} of the prompt in the "
-        f'cache.\noptions={{"calibration": "{output}"}}   or   options={found.options}',
+        f"cache and {found.flops:.1%} of the prefill's FLOPs.\n"
+        f'options={{"calibration": "{output}"}}   or   options={found.options}',
         markup=False, highlight=False,
     )  # fmt: skip
 
 
 def table(found: Calibration) -> Table:
-    """Return what each layer costs, as a table."""
-    rows = Table(title=f"What selecting costs, {found.prompts} prompts", title_justify="left")
-    for name in ("layer", "KL alone, nats", "selects"):
+    """Return what each layer costs and saves, as a table."""
+    rows = Table(title=f"What one layer that selects costs and saves, {found.prompts} prompts", title_justify="left")
+    for name in ("layer", "others skip", "KL alone, nats", "FLOPs saved", "cache saved", "chosen"):
         rows.add_column(name, justify="right")
-    for layer, cost in found.costs.items():
-        rows.add_row(str(layer), f"{cost:.5f}", "no" if layer in found.options["dense_layers"] else "yes")
+    for one in sorted(found.choices, key=lambda one: (one.layer, one.skip)):
+        saved = f"{one.flops:.1%}", f"{one.tokens:.1%}"
+        rows.add_row(str(one.layer), one.skip, f"{one.cost:.5f}", *saved, "yes" if one.chosen else "no")
     return rows

@@ -25,6 +25,8 @@ def _rows(name: str, options: Options, option: str, values: Iterable[float]) -> 
 
 
 UNION = {"policy": "union"}
+SKIPPING = {"policy": "skip_layers"}
+LATER = {"skip": "layer", "skip_in": 0.5}
 VARIANTS: dict[str, Options] = {
     DENSE: {},
     **_rows("paper", {"policy": "paper"}, "tau", (0.975, 0.9, 0.8)),
@@ -35,7 +37,10 @@ VARIANTS: dict[str, Options] = {
     **_rows("union + fixed ratio", UNION, "keep_ratio", RATIOS),
     **_rows("union with the paper's scores", UNION | {"score": "normalised"}, "tau", (0.95,)),
     **_rows("union of each head", UNION | {"groups": "kv_head"}, "tau", (0.95,)),
-    **_rows("skip layers", {"policy": "skip_layers"}, "tau", (0.99, 0.975)),
+    **_rows("skip layers", SKIPPING, "tau", (0.99, 0.975)),
+    **_rows("skip layers by twos", SKIPPING | {"score_every": 2}, "tau", (0.99,)),
+    **_rows("skip layers by fours", SKIPPING | {"score_every": 4}, "tau", (0.99,)),
+    **_rows("union then skip layers", UNION | LATER, "tau", (0.99, 0.975)),
     **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.9,)),
     **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", (0.4,)),
     **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", (0.4,)),
@@ -48,7 +53,7 @@ VARIANTS: dict[str, Options] = {
 }
 #: The variant that a preset is, for those who look for its figures.
 OF_PRESETS = {
-    "paper": "paper 0.975", "quality": "union 0.99", "balanced": "union 0.95", "fast": "kept and window 0.9",
+    "paper": "paper 0.975", "quality": "union 0.99", "balanced": "union 0.95", "fast": "union then skip layers 0.975",
 }  # fmt: skip
 QUICK = (DENSE, "paper 0.975", "union 0.99")
 

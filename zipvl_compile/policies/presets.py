@@ -7,9 +7,11 @@ layers that select, and how many documents:
     paper      +.286 at 73%, 6      +.006 at 68%, 6
     quality    +.006 at 79%, 12     -.001 at 82%, 12
     balanced   +.037 at 50%, 12     +.009 at 58%, 12
-    fast       +.063 at 38%, 12     +.032 at 44%, 12
+    fast       +.121 at 63%, 12     +.002 at 73%, 12
 
-The default stays below +.02 on both, there and on the documents to report (README).
+The default stays below +.02 on both, there and on the documents to report (README). `fast` computes a quarter less of
+SmolLM2's prefill than dense, where `balanced` computes a tenth less: tokens pass whole layers in the second half of
+the decoder, so that short prompts gain, too. In the first half that costs far more.
 """
 
 from __future__ import annotations
@@ -20,6 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"policy": "paper"},
     "quality": {"policy": "union", "tau": 0.99},
     "balanced": {"policy": "union", "tau": 0.95},
-    "fast": {"policy": "window", "tau": 0.9, "kept_window": True},
+    "fast": {"policy": "union", "tau": 0.975, "skip": "layer", "skip_in": 0.5},
 }
 DEFAULT = "quality"

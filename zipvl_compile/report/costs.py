@@ -12,6 +12,7 @@ from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.cost_model import NEVER, break_even, choice_below, seconds
 from zipvl_compile.passes.match.attention_site import AttentionShape
 from zipvl_compile.passes.settings import LeastTokens
+from zipvl_compile.report.known_machines import known_machine
 from zipvl_compile.report.machine import machine
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def least_tokens(options: ZipVLOptions) -> int | LeastTokens:
     kept = max(options.keep_ratio or (1.0 if options.tau >= 1 else EXPECTED_KEPT), options.floor)
 
     def least(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> int:
-        speed = machine(device, dtype)
+        # Ranks that decided differently would wait for each other for ever: of what they share, each knows the same.
+        speed = known_machine(device, dtype) if shape.shared else machine(device, dtype)
         length = break_even(shape, speed, kept)
         if options.keep_ratio is None and options.keep_tokens is None:
             worst = 1.0
-            if shape.every_query and shape.local and not shape.sparse_mask:
-                worst, length = DENSE_FROM, max(length, choice_below(shape, speed, MOST_CHOICE))
+            if shape.dense_from < 1:
+                worst, length = shape.dense_from, max(length, choice_below(shape, speed, MOST_CHOICE))
             length = max(length, break_even(shape, speed, worst, WORST_LOSS))
         return length if length >= NEVER else bucket(length)
 

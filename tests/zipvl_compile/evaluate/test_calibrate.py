@@ -9,7 +9,7 @@ from support.tiny_llama import model, prompt
 
 import zipvl_compile
 from zipvl_compile.evaluate import calibrate as module
-from zipvl_compile.evaluate.calibrate import Calibration, Measured, calibrate
+from zipvl_compile.evaluate.calibrate import Calibration, Choice, Found, Measured, best, calibrate
 from zipvl_compile.options import OptionError, ZipVLOptions
 
 OPTIONS = {"tau": 0.6}
@@ -21,17 +21,19 @@ def prompts(count=2, n=60):
 
 @pytest.fixture(scope="module")
 def measured():
-    return Measured(model(num_hidden_layers=3), prompts(), OPTIONS)
+    found = Measured(model(num_hidden_layers=3), prompts())
+    assert not found.compile(OPTIONS)
+    return found
 
 
 def test_layers_alone_and_together(measured):
-    assert measured.layers == [0, 1, 2]
-    none, whole = measured.cost([])
-    assert none == pytest.approx(0.0, abs=1e-6) and whole == 1.0
-    alone = [measured.cost([layer]) for layer in measured.layers]
-    assert all(cost > 1e-4 and kept < 1 for cost, kept in alone)
-    together, kept = measured.cost(measured.layers)
-    assert kept < min(share for _, share in alone) and together > none
+    assert measured.layers == [0, 1, 2] and measured.left_alone == []
+    dense = measured.of(())
+    assert dense.cost == pytest.approx(0.0, abs=1e-6) and dense.kept == 1.0
+    alone = [measured.of([layer]) for layer in measured.layers]
+    assert all(one.cost > 1e-4 and one.kept < 1 for one in alone)
+    together = measured.of(measured.layers)
+    assert together.kept < min(one.kept for one in alone) and together.cost > dense.cost
 
 
 def test_a_cost_is_that_of_a_model_compiled_for_it(measured):
@@ -47,35 +49,100 @@ def test_a_cost_is_that_of_a_model_compiled_for_it(measured):
     torch.testing.assert_close(out.logits[0], got.logits[0], rtol=1e-4, atol=1e-4)
 
 
-ALONE = {0: 0.5, 1: 0.01, 2: 0.1, 3: 0.02}
+# KL, FLOPs saved and tokens saved, of attention alone and of the whole layer
+ALONE = {
+    0: ((0.5, 0.01, 0.1), (0.9, 0.05, 0.1)),
+    1: ((0.01, 0.01, 0.1), (0.02, 0.08, 0.1)),
+    2: ((0.1, 0.01, 0.1), (0.5, 0.05, 0.1)),
+    3: ((0.02, 0.01, 0.1), (0.04, 0.05, 0.1)),
+}
+
+
+def _choices(skips=("attention", "layer")):
+    kinds = ("attention", "layer")
+    return [Choice(n, skip, *ALONE[n][kinds.index(skip)]) for skip in skips for n in ALONE]
+
+
+@pytest.mark.parametrize(
+    ("target", "taken"),
+    [
+        (2.0, {0: "layer", 1: "layer", 2: "layer", 3: "layer"}),
+        (0.7, {0: "attention", 1: "layer", 2: "attention", 3: "layer"}),
+        (0.05, {1: "layer", 3: "attention"}),
+        (0.015, {1: "attention"}),
+        (0.005, {}),
+    ],
+)
+def test_the_best_choice_by_hand(target, taken):
+    found = best(_choices(), target)
+    assert {n: one.skip for n, one in found.items()} == taken
+
+
+def test_what_costs_nothing_is_always_taken_and_what_saves_nothing_never():
+    free, useless = Choice(0, "attention", -0.01, 0.0, 0.1), Choice(1, "attention", 0.0, -0.1, 0.0)
+    assert best([free, useless], 0.0) == {0: free}
 
 
 class _Fixed:
     """Costs that add up to more than their sum by a tenth, for four layers."""
 
     def __init__(self, *_):
-        self.layers, self.prompts, self.alone = [0, 1, 2, 3], [1, 2], ALONE
+        self.layers, self.left_alone, self.prompts, self.skips = [0, 1, 2, 3], [7], [1, 2], ()
 
-    def cost(self, layers):
-        return sum(self.alone[layer] for layer in layers) * (1.1 if len(layers) > 1 else 1.0), 0.5
+    def compile(self, options):
+        self.skips = tuple(options.get("skip_in", ()))
+        return bool(self.skips)
+
+    def of(self, layers):
+        each = [ALONE[layer][layer in self.skips] for layer in layers]
+        cost, flops, tokens = (sum(column) for column in zip(*each, strict=True)) if each else (0.0, 0.0, 0.0)
+        return Found(cost * (1.1 if len(each) > 1 else 1.0), 1 - tokens, round(1e6 * (1 - flops)))
 
 
 @pytest.mark.parametrize(
-    ("target", "dense", "cost"),
-    [(1.0, [], 0.693), (0.65, [0], 0.143), (0.135, [0, 2], 0.033), (0.0305, [0, 2, 3], 0.01), (0.0, [0, 1, 2, 3], 0.0)],
+    ("target", "dense", "passing", "cost"),
+    [
+        (2.0, [7], [0, 1, 2, 3], 1.606),
+        (0.7, [0, 7], [1, 3], 0.176),  # .66 is within it, 1.1 * .66 is not
+        (0.0655, [0, 2, 7], [1, 3], 0.066 / 1.1 * 1.1),
+        (0.0, [0, 1, 2, 3, 7], [], 0.0),
+    ],
 )
-def test_the_choice_by_hand(monkeypatch, target, dense, cost):
+def test_the_choice_is_measured_together(monkeypatch, target, dense, passing, cost):
     monkeypatch.setattr(module, "Measured", _Fixed)
     said = []
     found = calibrate(None, [], OPTIONS, target, said.append)
-    assert found.options == {"tau": 0.6, "dense_layers": dense}
-    assert found.cost == pytest.approx(cost) and found.costs == ALONE
-    assert said[1:5] == [f"layer {layer}" for layer in range(4)]
+    skip = {"skip": "layer", "skip_in": passing} if passing else {}
+    assert found.options == {"tau": 0.6, "dense_layers": dense} | skip
+    assert found.cost == pytest.approx(cost) and found.cost <= target
+    assert [(one.layer, one.skip, one.cost) for one in found.choices] == [
+        (one.layer, one.skip, one.cost) for one in _choices()
+    ]
+    assert said[1:5] == [f"layer {layer}, attention alone" for layer in range(4)]
+
+
+@pytest.mark.parametrize("given", [{"skip": "attention"}, {"policy": "skip_layers"}, {"prefill": "dense"}])
+def test_what_is_skipped_is_measured_only_where_the_options_leave_it_open(monkeypatch, given):
+    monkeypatch.setattr(module, "Measured", _Fixed)
+    found = calibrate(None, [], given, 2.0)
+    assert {one.skip for one in found.choices} == {"layer" if "policy" in given else "attention"}
+    assert found.options == {**given, "dense_layers": [7]}
+
+
+def test_a_real_model_chooses_what_to_skip():
+    torch._dynamo.reset()
+    found = calibrate(model(num_hidden_layers=3), prompts(), OPTIONS, 1e9)
+    whole = {one.layer: one for one in found.choices if one.skip == "layer"}
+    part = {one.layer: one for one in found.choices if one.skip == "attention"}
+    assert list(whole) == list(part) == [0, 1, 2]
+    assert all(whole[n].flops > part[n].flops and whole[n].tokens == part[n].tokens > 0 for n in (0, 1))
+    assert found.options["skip_in"] and found.options["dense_layers"] == []
+    assert found.flops == pytest.approx(1 - sum(one.flops for one in found.choices if one.chosen), abs=0.15)
 
 
 def test_the_options_read_the_file(tmp_path):
     path = tmp_path / "c.json"
-    Calibration({"policy": "window", "tau": 0.9, "dense_layers": [0, 3]}, {}, 0.0, 0.5, 0.02, 2).write(path)
+    Calibration({"policy": "window", "tau": 0.9, "dense_layers": [0, 3]}, (), 0.0, 0.5, 0.9, 0.02, 2).write(path)
     parsed = ZipVLOptions.parse({"calibration": str(path)})
     assert (parsed.unselected, parsed.tau, parsed.dense_layers) == ("window", 0.9, (0, 3))
     changed = ZipVLOptions.parse({"calibration": path, "keep_ratio": 0.3, "window": 9})
@@ -94,6 +161,9 @@ def test_other_files_are_refused(tmp_path, text):
 
 
 def test_what_is_written_is_plain(tmp_path):
-    Calibration({"dense_layers": [1]}, {0: 0.1, 1: 0.2}, 0.1, 0.7, 0.2, 3).write(tmp_path / "a" / "c.json")
+    choices = Choice(0, "attention", 0.1, 0.02, 0.1), Choice(0, "layer", 0.2, 0.04, 0.1, True)
+    options = {"dense_layers": [1], "skip": "layer", "skip_in": [0]}
+    Calibration(options, choices, 0.1, 0.7, 0.96, 0.2, 3).write(tmp_path / "a" / "c.json")
     found = json.loads((tmp_path / "a" / "c.json").read_text())
-    assert found["costs"] == {"0": 0.1, "1": 0.2} and found["options"] == {"dense_layers": [1]}
+    assert found["choices"][1]["skip"] == "layer" and found["options"] == options
+    assert ZipVLOptions.parse({"calibration": tmp_path / "a" / "c.json"}).skip_in == (0,)

@@ -52,7 +52,8 @@ def test_the_bundled_model(tmp_path):
         "--target-kl", "0.01", "--output", str(output),
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "What selecting costs, 2 prompts" in done.output and "target 0.01" in done.output
+    assert "selects costs and saves, 2 prompts" in done.output and "target 0.01" in done.output
     found = json.loads(output.read_text())
-    assert list(found["costs"]) == ["0", "1", "2", "3"] and found["cost"] <= 0.01
+    assert sorted({one["layer"] for one in found["choices"]}) == [0, 1, 2, 3] and found["cost"] <= 0.01
+    assert {one["skip"] for one in found["choices"]} == {"attention", "layer"}
     assert ZipVLOptions.parse({"calibration": str(output)}).dense_layers == tuple(found["options"]["dense_layers"])

@@ -60,12 +60,13 @@ def test_a_tau_that_keeps_everything_costs_little(known):
 
 def test_where_every_query_attends_keeping_nearly_all_costs_the_choice_alone(known):
     """Such a layer attends to all tokens (`dense_from`), so that shorter prompts are taken than by the cost of that."""
-    union = dataclasses.replace(SHAPE, every_query=True, local=68)
+    among_kept = dataclasses.replace(SHAPE, every_query=True, local=68)
+    union = dataclasses.replace(among_kept, dense_from=DENSE_FROM)
     length = least_tokens(ZipVLOptions(tau=0.975))(union, torch.float32, CPU)
     choice = dataclasses.replace(SLOW_SITE, attend=0.0, edge=0.0, byte=0.0)
-    dense, sparse = seconds(union, SLOW_SITE, length, DENSE_FROM)
+    dense, sparse = seconds(among_kept, SLOW_SITE, length, DENSE_FROM)
     assert sparse <= (1 + WORST_LOSS) * dense and seconds(union, choice, length, 1.0)[1] <= MOST_CHOICE * dense
-    dense, sparse = seconds(union, SLOW_SITE, length, 1.0)
+    dense, sparse = seconds(among_kept, SLOW_SITE, length, 1.0)
     assert sparse > (1 + WORST_LOSS) * dense
 
 
@@ -122,6 +123,27 @@ def test_explain_predicts_every_layer(known):
         assert cost.kept == row.kept / row.prompt_length < 1
         assert cost.speedup == cost.dense / cost.sparse < 1, "a prompt this short gains nothing"
         assert cost.break_even > explanation.prompt_length and f"from {cost.break_even} tokens" in str(cost)
+
+
+def test_a_layer_that_attends_to_all_is_predicted_so(known):
+    union = dataclasses.replace(SHAPE, every_query=True, local=68, dense_from=DENSE_FROM)
+    dense, sparse = seconds(union, SLOW_SITE, 4096, 0.9)
+    _, besides = seconds(union, dataclasses.replace(SLOW_SITE, attend=0.0, edge=0.0), 4096, 0.9)
+    assert sparse == pytest.approx(dense + besides) and besides > 0
+    assert seconds(union, SLOW_SITE, 4096, 0.7)[1] < sparse
+    _, gathers = seconds(union, Machine(0, 0, 0, 0, 0, SLOW_SITE.byte, 0), 4096, 0.9)
+    assert gathers == pytest.approx(SLOW_SITE.byte * 4 * 2 * (64 + 64) * 0.9 * 4096), "of K and V for the cache"
+
+
+@pytest.mark.parametrize(
+    ("options", "dense_from"),
+    [({}, DENSE_FROM), ({"min_tokens": 0}, float("inf")), ({"policy": "paper"}, float("inf"))],
+    ids=["default", "a length", "kept queries"],
+)
+def test_explain_knows_which_attention_may_attend_to_all(known, options, dense_from):
+    explanation = zipvl_compile.explain(model(), options={"inner": "eager", **options}, **inputs(text=20))
+    rows = [row for row in explanation.rows if row.kind == "prefill"]
+    assert rows and all(row.shape.dense_from == dense_from for row in rows)
 
 
 def test_a_layer_multiplies_with_its_weights():

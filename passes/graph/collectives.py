@@ -1,0 +1,71 @@
+"""What a graph tells of other ranks: weights that are spread over them, and sums over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.private import COLLECTIVES
+from zipvl_compile.passes.graph.reading import example
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # a build without it has no ranks
+    DTensor = type(None)  # type: ignore[assignment, misc]
+
+
+class Uneven(Exception):
+    """The ranks of a group hold parts of different sizes."""
+
+
+def is_spread(value: Any) -> bool:
+    """Return whether a value is a DTensor."""
+    return isinstance(value, torch.Tensor) and isinstance(value, DTensor)
+
+
+def groups(value: Any) -> set[str]:
+    """Return the names of the process groups over whose ranks a value is spread, each with a part of its own.
+
+    Raises:
+        Uneven: the parts are not of one size.
+    """
+    found: set[str] = set()
+    if not is_spread(value):
+        return found
+    for axis, placement in enumerate(value.placements):
+        if placement.is_replicate():
+            continue
+        if not placement.is_shard() or value.shape[placement.dim] % value.device_mesh.size(axis):
+            raise Uneven
+        found.add(value.device_mesh.get_group(axis).group_name)
+    return found
+
+
+def communicates(node: Node) -> bool:
+    """Return whether a node moves data between ranks, or returns what is spread over them."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return _operator(node).startswith("_c10d_functional") or is_spread(example(node))
+
+
+def summed_over(node: Node) -> str | None:
+    """Return the name of the process group over which a node sums, or None."""
+    if _operator(node) != "_c10d_functional::all_reduce":
+        return None
+    _, how, group = node.args if len(node.args) == 3 else (None, None, None)
+    return str(group) if how == "sum" and group is not None else None
+
+
+def insert_sum(x: Node, group: str, before: Node) -> Node:
+    """Insert the sum of a tensor over the ranks of a group before a node."""
+    parts = insert_call(before, COLLECTIVES.all_reduce, (x, "sum", group))
+    return insert_call(before, COLLECTIVES.wait_tensor, (parts,))
+
+
+def _operator(node: Node) -> str:
+    """Return the name of the operator that a node calls, as "aten::add"; empty where it calls none."""
+    target: Any = node.target
+    return str(getattr(getattr(target, "overloadpacket", target), "_qualified_op_name", ""))

@@ -1,0 +1,99 @@
+"""Which ranks share the heads of an attention under tensor parallelism, as the graph says.
+
+    q   = linear(x, wq.to_local())                             the heads of this rank
+    y   = linear(sdpa(q, k, v), wo.to_local())                 their part of the output
+    y.copy_(wait_tensor(all_reduce(y, "sum", group)))
+
+A rank sees the attention of its own heads only. All ranks of the group must keep the same tokens, those that one
+process with all heads would keep, so the scores of tokens are summed over the group before tokens are selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch.fx import Node
+
+from zipvl_compile.passes.graph import collectives
+from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.match.reasons import Reason, Why
+from zipvl_compile.passes.policy import Policy
+from zipvl_compile.passes.tokenwise.backward_slice import multiplies
+
+HOW = 'load the model with tp_plan="auto" and run it under torch.no_grad()'
+
+
+class Unknown(Exception):
+    """Several ranks share the heads of an attention, and it is not known which."""
+
+
+UNKNOWN = Reason(
+    Why.RANKS,
+    "its heads are shared by several ranks, and no sum over the ranks that have its weights was found after its output "
+    f"projection: {HOW}",
+)
+EACH_HEAD = Reason(Why.RANKS, 'groups="kv_head" where several ranks share its heads: each would keep another number')
+VALUES = Reason(Why.RANKS, 'score="value" where several ranks share its heads: each would see the values of its own')
+
+
+def group_of(attention: Attention) -> str | None:
+    """Return the process group whose ranks share the heads of an attention; None where one rank has them all.
+
+    Raises:
+        Unknown: several ranks do, and it is not known which.
+    """
+    above = _nearest(attention.query, lambda x: x.all_input_nodes)
+    below = _nearest(attention.node, lambda x: x.users)
+    sums = [{name for user in node.users if (name := collectives.summed_over(user)) is not None} for node in below]
+    try:
+        owners = set().union(*map(_owners, above))
+        names = owners.union(*sums, *map(_owners, below))
+    except collectives.Uneven as error:
+        raise Unknown from error
+    between = any(map(collectives.communicates, (*above, *below)))
+    if not names and not between and not collectives.is_spread(example(attention.query)):
+        return None
+    # One projection, whose sum is over the ranks that have the weights above it and its own. Ranks of another group
+    # keep other tokens, and a sum over both, of rows that were narrowed, would add up different ones.
+    everywhere = {name for node in attention.node.graph.nodes if (name := collectives.summed_over(node)) is not None}
+    if between or len(names) != 1 or not owners or sums != [names] or everywhere != names:
+        raise Unknown
+    return names.pop()
+
+
+def refusal(attention: Attention, policy: Policy) -> Reason | None:
+    """Return why an attention whose heads are shared by ranks must stay dense, or None."""
+    try:
+        group = group_of(attention)
+    except Unknown:
+        return UNKNOWN
+    if group is None:
+        return None
+    if policy.groups == "kv_head":
+        return EACH_HEAD
+    return VALUES if policy.score == "value" else None
+
+
+def _nearest(start: Node, following: Callable[[Node], Iterable[Node]]) -> list[Node]:
+    """Return the nearest projections and calls between ranks in one direction."""
+    found, seen, todo = [], {start}, [start]
+    while todo:
+        for node in following(todo.pop()):
+            if node in seen:
+                continue
+            seen.add(node)
+            if multiplies(node) or collectives.communicates(node):
+                found.append(node)
+            else:
+                todo.append(node)
+    return found
+
+
+def _owners(projection: Node) -> set[str]:
+    """Return the process groups over whose ranks a projection's weights are spread."""
+    found: set[str] = set()
+    for x in projection.all_input_nodes:
+        for one in (x, *(x.all_input_nodes if x.op == "call_method" and x.target == "to_local" else ())):
+            found |= collectives.groups(example(one))
+    return found

@@ -1,0 +1,58 @@
+"""Tensor parallelism, as transformers does it: every rank keeps the tokens that one process keeps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parents[1] / "support" / "rank_worker.py"
+SHORT, LONG = {"text": 12}, {"text": 40, "seed": 1}
+PADDED = {"batch": 2, "text": 24, "pad": 9}
+HALF, PAPER = {"keep_ratio": 0.5}, {"policy": "paper", "tau": 0.8}
+
+
+def case(family, options, *prompts, rows=False):
+    return {"family": family, "options": options, "prompts": prompts, "rows": rows}
+
+
+CASES = {
+    "every token": case("llava", {"tau": 1.0}, SHORT),
+    "union": case("llava", HALF, SHORT),
+    "paper": case("llava", PAPER, SHORT, PADDED),
+    "skipped layers": case("llava", HALF | {"policy": "skip_layers", "dense_layers": 0}, LONG, rows=True),
+    "qwen2_5_vl": case("qwen2_5_vl", PAPER, PADDED),
+    "internvl": case("internvl", HALF | {"policy": "paper"}, SHORT, rows=True),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return what each of two ranks found of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, WORKER, folder], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build of PyTorch without ranks")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_keep_what_one_process_keeps(found, name):
+    for rank in found:
+        assert rank[name]["reasons"] == [] and rank[name]["rewritten"]
+        assert rank[name]["positions"] and rank[name]["tokens"]
+        assert rank[name]["logits"] < 1e-4
+        assert any(kept < rank[name]["prompt"] for kept in rank[name]["kept"]) == (name != "every token")
+
+
+def test_sums_over_ranks_carry_the_rows_that_are_needed(found):
+    """The embedding's; of a layer the output projection's and the MLP's; of the last layer both have the newest row."""
+    half, skipped = found[0]["internvl"], found[0]["skipped layers"]
+    assert half["rows"] == [half["prompt"], half["kept"][-1], half["prompt"], 1, 1]
+    assert skipped["rows"] == [skipped["prompt"], *[skipped["kept"][-1]] * 2, 1, 1]
