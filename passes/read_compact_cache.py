@@ -104,7 +104,6 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                 with undone_on_error(graph):
                     site.node = rewrite(site.attention)
                     site.rewritten = True
-                site.note = reasons.LATER_PART if site.attention.is_later_part else None
         except Exception as error:  # a fault of ours must not break the user's compile
             if site.node._erased:  # too late to undo it here
                 raise

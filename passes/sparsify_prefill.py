@@ -101,13 +101,15 @@ def reason_to_stay(
     if (alone := left_alone(number, settings)) is not None:
         return alone
     # Only where all else allows it: what it costs is measured, and the prompt's length becomes a guard.
-    return refusal(site.attention, site.layer) or too_short(site.attention, site.shape, settings)  # type: ignore[arg-type]
+    return refusal(site.attention, site.layer, settings) or too_short(site.attention, site.shape, settings)  # type: ignore[arg-type]
 
 
 def dense_because(site: Site, settings: Settings) -> str:
     """Return why a prefill attends to every token though its cache is compacted, or an empty string."""
     if settings.prefill == "dense":
         return 'asked for by prefill="dense"'
+    if not site.attention.reads_whole_prompt:
+        return "a later part of a prompt attends to every token in memory"
     return "" if settings.unselected == "hold" else site.needs_true_rows  # held rows are rows of the model's own
 
 
@@ -133,8 +135,8 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
             site.mask = sites.masks.form(site.attention)
             own = rule_of(numbers[row], settings, sites.demanded)
             site.skips = own.skip == "layer"
-            unshared = ranks.refusal(site.attention, own)
-            site.group = None if unshared else ranks.group_of(site.attention)
+            unshared = ranks.refusal(site.attention.query, site.attention.node, own)
+            site.group = None if unshared else ranks.group_of(site.attention.query, site.attention.node)
             site.shape = shape_of(site.attention, site.mask, own, site.group is not None)
             site.reason = unshared or reason_to_stay(site, owner, first, numbers[row], own)
             if site.reason is None:

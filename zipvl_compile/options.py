@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zipvl_compile.dynamo import UserError, inductor_modes
+from zipvl_compile.passes.match.attention_site import LATER_PART
 from zipvl_compile.passes.policy import Policy, Score, Skip, Unselected
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.policies import names as policy_names
@@ -61,6 +62,8 @@ class ZipVLOptions(Policy):
         policy: a selection rule, one of `zipvl_compile.policies`; other options change single fields of it.
         evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
         min_tokens: shorter prompts stay dense (tokens); None asks the cost model, for each attention, on this machine.
+        reselect_tokens: from so many new tokens on a later part of a prompt, or a later turn, and what is in memory are
+            selected anew, so that conversations have a bounded cache (tokens, at least 128); 0 drops nothing.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         kernel: implementation of the operators: "auto" (Triton on GPUs, the fastest per shape), "triton" or "torch".
         mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`; for no other `inner`.
@@ -72,6 +75,7 @@ class ZipVLOptions(Policy):
     policy: str | None = None
     evict: str = Settings.evict
     min_tokens: int | None = None
+    reselect_tokens: int = Settings.reselect_tokens
     inner: str = "inductor"
     kernel: str = Settings.kernel
     mode: str | None = None
@@ -282,6 +286,11 @@ _CHECKS: dict[str, _Check] = {
         _or_none(_count(0)),
         "None or an integer of at least 0",
         "Use 0 to rewrite prompts of every length, None to let the cost model decide.",
+    ),
+    "reselect_tokens": (
+        lambda value: _count(LATER_PART)(value) or (_count(0)(value) and value == 0),
+        f"0 or an integer of at least {LATER_PART}",
+        "Use 0 to drop nothing after the first part of a prompt.",
     ),
     "inner": _words("inductor", "aot_eager", "eager", remedy='Use "inductor" for speed.'),
     "kernel": _words("auto", "triton", "torch", remedy='Use "auto" for speed.'),

@@ -79,7 +79,8 @@ MISALIGNED_CAUSAL = Reason(Why.MISALIGNED_CAUSAL, "is_causal aligns queries with
 LATER_PART = Reason(
     Why.PART_OF_PROMPT,
     "a later part of a prompt, over a cache that holds the earlier one: its queries attend to every cached token, and "
-    "none of its tokens is dropped; only a prompt in one piece, with an empty cache, is made sparse and compacted",
+    "none of its tokens is dropped: options={'reselect_tokens': 128} selects parts of so many tokens or more anew, "
+    "together with what is in memory",
 )
 
 

@@ -16,7 +16,6 @@ from torch.fx import Node
 
 from zipvl_compile.passes.graph import collectives
 from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.policy import Policy
 from zipvl_compile.passes.tokenwise.backward_slice import multiplies
@@ -37,14 +36,18 @@ EACH_HEAD = Reason(Why.RANKS, 'groups="kv_head" where several ranks share its he
 VALUES = Reason(Why.RANKS, 'score="value" where several ranks share its heads: each would see the values of its own')
 
 
-def group_of(attention: Attention) -> str | None:
+def group_of(query: Node, attention: Node) -> str | None:
     """Return the process group whose ranks share the heads of an attention; None where one rank has them all.
+
+    Args:
+        query: of the attention, `[B, Hq, m, D]`.
+        attention: its output.
 
     Raises:
         Unknown: several ranks do, and it is not known which.
     """
-    above = _nearest(attention.query, lambda x: x.all_input_nodes)
-    below = _nearest(attention.node, lambda x: x.users)
+    above = _nearest(query, lambda x: x.all_input_nodes)
+    below = _nearest(attention, lambda x: x.users)
     sums = [{name for user in node.users if (name := collectives.summed_over(user)) is not None} for node in below]
     try:
         owners = set().union(*map(_owners, above))
@@ -52,20 +55,20 @@ def group_of(attention: Attention) -> str | None:
     except collectives.Uneven as error:
         raise Unknown from error
     between = any(map(collectives.communicates, (*above, *below)))
-    if not names and not between and not collectives.is_spread(example(attention.query)):
+    if not names and not between and not collectives.is_spread(example(query)):
         return None
     # One projection, whose sum is over the ranks that have the weights above it and its own. Ranks of another group
     # keep other tokens, and a sum over both, of rows that were narrowed, would add up different ones.
-    everywhere = {name for node in attention.node.graph.nodes if (name := collectives.summed_over(node)) is not None}
+    everywhere = {name for node in attention.graph.nodes if (name := collectives.summed_over(node)) is not None}
     if between or len(names) != 1 or not owners or sums != [names] or everywhere != names:
         raise Unknown
     return names.pop()
 
 
-def refusal(attention: Attention, policy: Policy) -> Reason | None:
+def refusal(query: Node, attention: Node, policy: Policy) -> Reason | None:
     """Return why an attention whose heads are shared by ranks must stay dense, or None."""
     try:
-        group = group_of(attention)
+        group = group_of(query, attention)
     except Unknown:
         return UNKNOWN
     if group is None:

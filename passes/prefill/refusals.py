@@ -28,12 +28,13 @@ NOT_CAUSAL = Reason(
 )
 ONE_TOKEN = Reason(Why.ONE_TOKEN, "prompt of one token")
 NO_GAIN = Reason(Why.NO_GAIN, "keeping every token gains nothing over dense attention", NEVER)
+KEPT_WHOLE = Reason(Why.FULL_CACHE, "a later part of a prompt, of which the options drop nothing")
 FIRST_IS_DENSE = Reason(Why.SHARED_KV, "shared KV: the first attention over this layer's cache stays dense")
 TWO_LAYERS = Reason(Why.SHARED_KV, "shared KV: this attention reads the keys and values of two cache layers")
 
 
-def refusal(attention: Attention, layer: Node) -> Reason | None:
-    """Return why an attention must stay dense, or None."""
+def refusal(attention: Attention, layer: Node, settings: Settings) -> Reason | None:
+    """Return why an attention must stay dense and its cache whole, or None."""
     q, k = example(attention.query), example(attention.key)
     if statically_known_true(k.shape[2] == 1):
         return ONE_TOKEN
@@ -45,9 +46,17 @@ def refusal(attention: Attention, layer: Node) -> Reason | None:
     if is_cross_attention(attention):
         return reasons.CROSS_ATTENTION
     if not attention.reads_whole_prompt:
-        return Reason(
-            Why.PART_OF_PROMPT, f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
-        )
+        if settings.keeps_all or settings.evict == "keep":
+            return KEPT_WHOLE
+        whole = settings.reselect_tokens == 0 or settings.groups != "layer"
+        if not attention.is_later_part:
+            return Reason(
+                Why.PART_OF_PROMPT, f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
+            )
+        if whole or q.shape[2] < settings.reselect_tokens:
+            return reasons.LATER_PART
+        if attention.is_causal:
+            return reasons.MISALIGNED_CAUSAL
     if unreadable := unreadable_inputs(attention):
         return unreadable
     return NOT_CAUSAL if attention.mask is None and not attention.is_causal else None

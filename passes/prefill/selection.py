@@ -16,13 +16,13 @@ from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, insert_
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, outputs
 from zipvl_compile.passes.graph.private import fake_mode_of
 from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.masks.mask_form import CanonicalMasks
+from zipvl_compile.passes.masks.mask_form import CanonicalMasks, four_axes
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site
-from zipvl_compile.passes.prefill import ranking
+from zipvl_compile.passes.prefill import ranking, turns
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.row_select import token_positions
 
@@ -67,6 +67,13 @@ def budget_input(graph: Graph, like: Node, layers: tuple[int, ...]) -> Node:
     return node
 
 
+def budget_of(before: Node, like: Node, layers: tuple[int, ...], row: int, settings: Settings) -> Node | None:
+    """Insert the budget of the layer in a `row` of the graph's budgets; None where it does not change."""
+    if not settings.per_request or settings.keeps_all:
+        return None
+    return insert_call(before, operator.getitem, (budget_input(before.graph, like, layers), row))
+
+
 def always_kept(site: Site, demanded: Demanded, settings: Settings) -> tuple[Any, Node | None]:
     """Return `keep_recent`, and the positions of further tokens that are always kept, as a node, where there are some.
 
@@ -94,8 +101,15 @@ def select(
     settings: Settings,
 ) -> Selection:  # fmt: skip
     """Insert scoring and selection before the attention, of the layer in a `row` of the graph's budgets."""
-    node, (rows, is_causal) = attention.node, masks.insert(attention)
-    key = attention.in_its_dtype(attention.key)
+    node, key = attention.node, attention.in_its_dtype(attention.key)
+    if not attention.reads_whole_prompt:
+        shown = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
+        positions = turns.select(
+            attention.query, key, attention.value, turns.newest_row(shown, node), attention.scale, attention.softcap,
+            site.group, budget_of(node, key, layers, row, settings), settings, node,
+        )  # fmt: skip
+        return Selection(positions, SelectTokensCall.read(positions).visible)
+    rows, is_causal = masks.insert(attention)
     scores = TokenScoresCall(
         q=attention.query, k=key, mask=rows, is_causal=is_causal, scale=attention.scale, softcap=attention.softcap,
         recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed,
@@ -105,9 +119,7 @@ def select(
     if site.group is not None:  # the others have scores of their own heads
         accumulated = insert_sum(accumulated, site.group, node)
     keep_recent, protected = always_kept(site, demanded, settings)
-    budget = None
-    if settings.per_request and not settings.keeps_all:
-        budget = insert_call(node, operator.getitem, (budget_input(node.graph, key, layers), row))
+    budget = budget_of(node, key, layers, row, settings)
     positions = SelectTokensCall(
         accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
         keep_recent=keep_recent, protected=protected, keep_tokens=settings.keep_tokens, floor=settings.floor,

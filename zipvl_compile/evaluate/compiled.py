@@ -18,8 +18,8 @@ from zipvl_compile.kernels.budget import Budget
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.per_request import settings
 
-#: So that prompts of every length are compacted.
-ALWAYS: dict[str, Any] = {"min_tokens": 0}
+#: So that prompts of every length are compacted, and continuations, which are measured, are not.
+ALWAYS: dict[str, Any] = {"min_tokens": 0, "reselect_tokens": 0}
 
 
 def compiled_for(model: Any, options: Options, dynamic: bool | None = True) -> Any:

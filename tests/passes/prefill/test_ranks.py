@@ -29,20 +29,28 @@ def attention(function, *inputs):
     return found
 
 
+def group_of(found):
+    return ranks.group_of(found.query, found.node)
+
+
+def refusal(found, policy):
+    return ranks.refusal(found.query, found.node, policy)
+
+
 def test_heads_of_one_rank():
     def alone(x, wq, wk, wv, wo):
         return x + F.linear(attend(x, wq, wk, wv), wo)
 
     found = attention(alone, *weights(None))
-    assert ranks.group_of(found) is None and ranks.refusal(found, Policy(groups="kv_head")) is None
+    assert group_of(found) is None and refusal(found, Policy(groups="kv_head")) is None
 
 
 def test_heads_that_two_ranks_share(mesh):
     found = attention(layer, *weights(mesh))
-    assert ranks.group_of(found) == mesh.get_group().group_name
-    assert ranks.refusal(found, Policy()) is None
+    assert group_of(found) == mesh.get_group().group_name
+    assert refusal(found, Policy()) is None
     for policy, says in ((Policy(groups="kv_head"), "groups="), (Policy(score="value"), "score=")):
-        reason = ranks.refusal(found, policy)
+        reason = refusal(found, policy)
         assert reason.why is Why.RANKS and says in reason.text and "several ranks share" in reason.text
 
 
@@ -52,7 +60,7 @@ def test_whole_weights_on_every_rank_share_nothing(mesh):
     def whole(x, wq, wk, wv, wo):
         return x + F.linear(attend(x, wq, wk, wv), local(wo))
 
-    assert ranks.group_of(attention(whole, *weights(mesh, Replicate(), Replicate()))) is None
+    assert group_of(attention(whole, *weights(mesh, Replicate(), Replicate()))) is None
 
 
 def no_sum(x, wq, wk, wv, wo):
@@ -76,19 +84,19 @@ def summed_heads(x, wq, wk, wv, wo):
 def test_other_ways_to_share_heads_are_not_known(mesh, function):
     found = attention(function, *weights(mesh))
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(found)
-    assert ranks.refusal(found, Policy()) is ranks.UNKNOWN
+        group_of(found)
+    assert refusal(found, Policy()) is ranks.UNKNOWN
 
 
 def test_another_reduction_is_none(mesh):
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(attention(lambda x, *w: layer(x, *w, op=dist.ReduceOp.MAX), *weights(mesh)))
+        group_of(attention(lambda x, *w: layer(x, *w, op=dist.ReduceOp.MAX), *weights(mesh)))
 
 
 def test_a_sum_over_another_group_is_none(mesh):
     other = dist.new_group([0])
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(attention(lambda x, *w: layer(x, *w, group=other), *weights(mesh)))
+        group_of(attention(lambda x, *w: layer(x, *w, group=other), *weights(mesh)))
 
 
 def test_a_sum_over_another_group_anywhere_in_the_graph(mesh):
@@ -100,19 +108,19 @@ def test_a_sum_over_another_group_anywhere_in_the_graph(mesh):
         return y
 
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(attention(then, *weights(mesh)))
+        group_of(attention(then, *weights(mesh)))
 
 
 def test_heads_of_one_rank_whose_output_is_shared(mesh):
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(attention(layer, *weights(mesh, Replicate())))
+        group_of(attention(layer, *weights(mesh, Replicate())))
 
 
 def test_parts_of_other_sizes(mesh):
     wq, wk, wv, wo = weights(mesh)
     wq = spread(mesh, WIDTH, WIDTH, on=Shard(0), whole=(2 * WIDTH - 1, WIDTH))
     with pytest.raises(ranks.Unknown):
-        ranks.group_of(attention(layer, wq, wk, wv, wo))
+        group_of(attention(layer, wq, wk, wv, wo))
 
 
 def test_what_is_traced_with_gradients_is_not_known(mesh):
@@ -126,4 +134,4 @@ def test_what_is_traced_with_gradients_is_not_known(mesh):
     with torch.enable_grad():
         torch.compile(lambda x, *w: no_sum(x, *w), backend=keep)(X, *weights(mesh))
     (one,), _ = read_all(found[0].graph)
-    assert ranks.refusal(one, Policy()) is ranks.UNKNOWN
+    assert refusal(one, Policy()) is ranks.UNKNOWN

@@ -1,0 +1,35 @@
+"""A later part of a prompt, or a later turn: what is in memory and the new tokens are stored as a prompt is.
+
+The passes may put a selection in the place of `token_positions`, which keeps every token (`reselect_turns` for a
+compacted cache, `sparsify_prefill` for one that holds every token).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zipvl_compile.cache.buffers import spare_tokens
+from zipvl_compile.kernels.decode_attention import cached_positions
+from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.match.attention_site import LATER_PART
+
+__all__ = ["LATER_PART", "compact_again", "continued"]
+
+
+def compact_again(layer: Any) -> None:
+    """Store anew what a compacted `CompactLayer` has in memory, to which the new tokens were appended."""
+    used, n = layer.cached_length, layer.cumulative_length
+    keys, values = layer.key_buffer[:, :, :used], layer.value_buffer[:, :, :used]
+    rows, spare = ops.token_positions(keys), spare_tokens(n)
+    at = cached_positions(layer.positions, layer.prompt_length, n)
+    layer.positions = torch.take_along_dim(at, rows, 2)
+    layer.key_buffer = ops.gather_tokens(keys, rows, spare)
+    layer.value_buffer = ops.gather_tokens(values, rows, spare)
+    layer.prompt_length = n
+
+
+def continued(layer: Any, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values of a layer that holds every token, with those of the new tokens behind them."""
+    return torch.cat([layer.key_buffer, k], dim=-2), torch.cat([layer.value_buffer, v], dim=-2)
