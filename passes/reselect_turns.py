@@ -32,7 +32,7 @@ from zipvl_compile.passes.match import cache_layers, reasons
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site, Sites
 from zipvl_compile.passes.prefill import ranks, turns
-from zipvl_compile.passes.prefill.refusals import left_alone, number_of, with_counted_layers
+from zipvl_compile.passes.prefill.refusals import left_alone, numbers_of, with_counted_layers
 from zipvl_compile.passes.prefill.selection import budget_of
 from zipvl_compile.passes.settings import Settings
 
@@ -54,7 +54,7 @@ def rewrite(marker: Node, site: Site, call: DecodeAttentionCall, budget: Node | 
     used = (slice(None), slice(None), slice(None, insert_call(before, torch.ops.aten.sym_size.int, (marker, 2))))
     keys, values = (insert_call(before, operator.getitem, (x, used)) for x in (call.keys, call.values))
     places = insert_call(before, cached_positions, (call.positions, call.prompt_length, call.n))
-    shown = turns.in_memory(turns.newest_row(call.mask, before), places, before)
+    shown = turns.in_memory(turns.newest_row(call.mask, settings, before), places, before)
     chosen = turns.select(
         call.q, keys, values, shown, call.scale, call.softcap, ranks.group_of(call.q, site.node), budget, settings,
         before,
@@ -73,10 +73,10 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Select anew at every cache layer that a later part was appended to; note the reason at the others."""
     if settings.keeps_all or settings.evict == "keep":  # nothing is to be dropped
         return
-    numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.decode))
+    numbers = numbers_of(sites)
     settings = with_counted_layers(settings, numbers)
     done: set[Node] = set()
-    for row, site in enumerate(sites.decode):
+    for row, site in enumerate(sites.decode, len(sites.prefill)):
         if not site.rewritten or site.turn is None or site.turn in done or site.turn._erased:
             continue
         done.add(site.turn)

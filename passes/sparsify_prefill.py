@@ -48,7 +48,7 @@ from zipvl_compile.passes.prefill import ranks
 from zipvl_compile.passes.prefill.refusals import (
     FIRST_IS_DENSE,
     left_alone,
-    number_of,
+    numbers_of,
     reader_refusal,
     refusal,
     shape_of,
@@ -104,11 +104,14 @@ def reason_to_stay(
     return refusal(site.attention, site.layer, settings) or too_short(site.attention, site.shape, settings)  # type: ignore[arg-type]
 
 
-def dense_because(site: Site, settings: Settings) -> str:
-    """Return why a prefill attends to every token though its cache is compacted, or an empty string."""
+def dense_because(site: Site, owner: Attention, settings: Settings) -> str:
+    """Return why a prefill attends to every token though its cache is compacted, or an empty string.
+
+    `owner` selected for its layer.
+    """
     if settings.prefill == "dense":
         return 'asked for by prefill="dense"'
-    if not site.attention.reads_whole_prompt:
+    if not owner.reads_whole_prompt:
         return "a later part of a prompt attends to every token in memory"
     return "" if settings.unselected == "hold" else site.needs_true_rows  # held rows are rows of the model's own
 
@@ -119,13 +122,13 @@ def rule_of(number: int, settings: Settings, demanded: Demanded) -> Settings:
     if not demanded.every or own.unselected == "all":
         return own
     windows = own.kept_window or own.unselected == "window"  # a window stays, and kept tokens are seen besides
-    return dataclasses.replace(own, unselected="all", kept_window=windows)
+    return dataclasses.replace(own, unselected="all", kept_window=windows, skip="attention")
 
 
 def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     """Rewrite every prefill site that allows it; note the reason at the others."""
     layers: dict[Node, tuple[Attention, Kept] | None] = {}
-    numbers = tuple(number_of(site.name, i) for i, site in enumerate(sites.prefill))
+    numbers = numbers_of(sites)
     settings = with_counted_layers(settings, numbers)
     shared, left = None, 0  # a selection, and for how many layers it is still good
     for row, site in enumerate(sites.prefill):
@@ -152,7 +155,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                         owner = attention, compact(site, attention, chosen, own)
                         left = (left if not site.selects else settings.score_every or len(sites.prefill)) - 1
                         shared = chosen  # only now: what is undone serves no other layer
-                    if keeps_all(owner[1], attention) or not (needed := dense_because(site, own)):
+                    if keeps_all(owner[1], attention) or not (needed := dense_because(site, owner[0], own)):
                         site.node = attend(attention, owner[1], sites.masks, own)
                     else:
                         site.needs_true_rows = needed

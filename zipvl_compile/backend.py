@@ -85,6 +85,7 @@ def zipvl(
     gm.recompile()
     cached, chosen = _cache_outputs(gm), _outputs_of(gm, ops.select_tokens)
     chooses = bool(calls(gm.graph, ops.select_tokens))
+    fresh = chooses and not calls(dense.graph, ops.kv_view)  # else it reads a compacted cache, which no dense code can
     budget = gm.graph.find_nodes(op="placeholder", target=BUDGET)
     with torch.no_grad():
         compiled = _compile(gm, [*example_inputs, *map(example, budget)], parsed)
@@ -92,7 +93,7 @@ def zipvl(
 
     def run(*inputs: Any) -> Any:
         with torch.no_grad():
-            if chooses and backend_of_call() not in (None, backend):
+            if fresh and backend_of_call() not in (None, backend):
                 _warn_of_other_code()
                 return dense(*inputs)
             if budget:
@@ -136,7 +137,8 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     How many tokens they hold changes with every prompt; marked so, decode compiles for any number at once instead of
     once more for every layer that happened to keep equally many tokens twice.
     """
-    return _outputs_of(gm, ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions)
+    return _outputs_of(gm, ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions,
+                       torch.take_along_dim)  # fmt: skip
 
 
 def _outputs_of(gm: GraphModule, *kinds: Any) -> list[int]:

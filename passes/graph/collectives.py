@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.private import COLLECTIVES
@@ -49,6 +49,18 @@ def communicates(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     return _operator(node).startswith("_c10d_functional") or is_spread(example(node))
+
+
+def in_use(graph: Graph) -> bool:
+    """Return whether anything in a graph moves data between ranks, or is spread over them."""
+    inputs = graph.find_nodes(op="placeholder")
+    return any(map(communicates, graph.nodes)) or any(groups(example(node)) for node in inputs)
+
+
+def are_several() -> bool:
+    """Return whether this process is one of several ranks."""
+    ranks = torch.distributed
+    return ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1
 
 
 def summed_over(node: Node) -> str | None:

@@ -29,7 +29,7 @@ class Unknown(Exception):
 
 UNKNOWN = Reason(
     Why.RANKS,
-    "its heads are shared by several ranks, and no sum over the ranks that have its weights was found after its output "
+    "the model is shared by several ranks, and no sum over the ranks that have its heads was found after its output "
     f"projection: {HOW}",
 )
 EACH_HEAD = Reason(Why.RANKS, 'groups="kv_head" where several ranks share its heads: each would keep another number')
@@ -56,6 +56,10 @@ def group_of(query: Node, attention: Node) -> str | None:
         raise Unknown from error
     between = any(map(collectives.communicates, (*above, *below)))
     if not names and not between and not collectives.is_spread(example(query)):
+        # Of a graph that sums over ranks elsewhere, as where only MLPs are shared, nobody knows that ranks compute the
+        # same scores to the last bit; and a graph without projections does not say whose heads it is given.
+        if collectives.in_use(attention.graph) or (collectives.are_several() and not (above and below)):
+            raise Unknown
         return None
     # One projection, whose sum is over the ranks that have the weights above it and its own. Ranks of another group
     # keep other tokens, and a sum over both, of rows that were narrowed, would add up different ones.

@@ -17,6 +17,7 @@ from zipvl_compile.passes.match import cache_layers, reasons
 from zipvl_compile.passes.match.attention_site import Attention, AttentionShape, mask_fits
 from zipvl_compile.passes.match.cross_attention import is_cross_attention
 from zipvl_compile.passes.match.reasons import Reason, Why
+from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.settings import Settings
 
 READ_AGAIN = Reason(Why.CACHE_READ_AGAIN, "the layer's cache is read again in the same graph")
@@ -110,6 +111,11 @@ def shape_of(attention: Attention, form: MaskForm, settings: Settings, shared: b
     every, matrix = settings.queries == "all", masked and form.needs_matrix
     dense_from = settings.dense_from if every and local and not matrix and settings.dense_from < 1 else math.inf
     return AttentionShape(*sizes, every, masked, matrix, local, work, dense_from, shared)
+
+
+def numbers_of(sites: Sites) -> tuple[int, ...]:
+    """Return which layers the prefill sites of a graph are of, and then its decode sites: a row of its budgets each."""
+    return tuple(number_of(site.name, i) for kind in (sites.prefill, sites.decode) for i, site in enumerate(kind))
 
 
 def number_of(name: str, place: int) -> int:

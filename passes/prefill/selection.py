@@ -103,10 +103,11 @@ def select(
     """Insert scoring and selection before the attention, of the layer in a `row` of the graph's budgets."""
     node, key = attention.node, attention.in_its_dtype(attention.key)
     if not attention.reads_whole_prompt:
-        shown = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
+        mask = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
+        shown = turns.newest_row(mask, settings, node)
         positions = turns.select(
-            attention.query, key, attention.value, turns.newest_row(shown, node), attention.scale, attention.softcap,
-            site.group, budget_of(node, key, layers, row, settings), settings, node,
+            attention.query, key, attention.value, shown, attention.scale, attention.softcap, site.group,
+            budget_of(node, key, layers, row, settings), settings, node,
         )  # fmt: skip
         return Selection(positions, SelectTokensCall.read(positions).visible)
     rows, is_causal = masks.insert(attention)

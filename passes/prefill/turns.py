@@ -59,11 +59,15 @@ def select(
     ).insert(before)  # fmt: skip
 
 
-def newest_row(mask: Node | None, before: Node) -> Node | None:
-    """Insert the newest row of a mask `[.., m, n]`, which hides padding and nothing that is causal."""
+def newest_row(mask: Node | None, settings: Settings, before: Node) -> Node | None:
+    """Insert what any of the rows that measure attention may see, of a mask `[.., m, n]`: all but padding.
+
+    Of the newest row alone some models hide everything, where it is padding itself.
+    """
     if mask is None or example(mask).shape[2] == 1:
         return mask
-    return insert_call(before, operator.getitem, (mask, (slice(None), slice(None), slice(-1, None))))
+    rows = insert_call(before, operator.getitem, (mask, (slice(None), slice(None), slice(-newest(settings), None))))
+    return insert_call(before, torch.amax, (rows, 2, True))
 
 
 def in_memory(row: Node | None, places: Node, before: Node) -> Node | None:

@@ -155,7 +155,7 @@ class CompactLayer(DynamicLayer):
                 return views
             return self._update_outside(key_states, value_states)
         if self.get_seq_length() > 0:
-            if traced and key_states.shape[2] >= LATER_PART and tracing_for_zipvl():
+            if traced and tracing_for_zipvl() and key_states.shape[2] >= LATER_PART:
                 return self._prefill(*continued(self, key_states, value_states))
             return super().update(key_states, value_states, *args, **kwargs)
         if traced and tracing_for_zipvl():
@@ -269,13 +269,14 @@ class CompactLayer(DynamicLayer):
         if n < self.prompt_length:
             # Samples and heads keep different tokens, and a cache is cropped layer by layer: refuse before the first is
             # changed.
-            if self.positions[:, :, 0].numel() > 1 and not self.holds_every_token:
+            kept = (self.positions < n).sum(2)
+            if int(kept.min()) != int(kept.max()):
                 raise ValueError(
                     f"crop: expected a cut after the {self.prompt_length} compacted prompt tokens of a batch of "
                     f"{self.positions.shape[0]} with {self.positions.shape[1]} selections each, got one at {n}. Crop "
                     "less, crop samples one by one (batch_select_indices), or run the prompt again."
                 )
-            self.positions = self.positions[:, :, : int((self.positions[0, 0] < n).sum())]
+            self.positions = self.positions[:, :, : int(kept.min())]
             self.prompt_length = n
         self.cumulative_length = n
         self.borrowed = self.borrowed or self.lent

@@ -44,7 +44,8 @@ class Choice:
         layer: its number.
         skip: what its other tokens do without, "attention" or the "layer".
         cost: KL to dense (nats).
-        flops, tokens: what it saves, as a share of the prefill's FLOPs and of the cached tokens of all layers.
+        flops, tokens: what it saves, as a share of the FLOPs of a prefill in which every layer scores and keeps every
+            token, and of the cached tokens of all layers.
         chosen: whether the options have it.
     """
 
@@ -71,7 +72,7 @@ class Calibration:
         choices: each layer that can select, alone.
         cost: of all that the options let select, together (nats).
         kept: share of the prompt that the cache keeps by these options, mean of all layers, in [0, 1].
-        flops: of a prefill by these options, as a share of the dense one's.
+        flops: of a prefill by these options, as a share of one in which every layer scores and keeps every token.
         target: that was asked for (nats).
         prompts: how many were measured.
     """
@@ -216,6 +217,8 @@ def calibrate(
     """
     parsed = ZipVLOptions.parse(options)
     options = {"dense_layers": 0, **options}
+    if parsed.score_every != 1:  # what a layer costs alone is asked of one that selects for itself
+        options["score_every"] = 1
     both = "skip" not in options and parsed.skip == "attention" and parsed.prefill == "sparse"
     advance("dense answers, and a trace")
     measured = Measured(model, prompts)
@@ -229,9 +232,10 @@ def calibrate(
         advance("a trace where tokens pass whole layers")
         if measured.compile(_passing(options, every)):
             choices += _each(measured, "layer", advance)
-    compiled, within = tuple(every) if both else (), target
+    compiled, within, open_ = tuple(every) if both else (), target, [*choices]
+    before: dict[int, Choice] = {}
     while True:
-        taken = best(choices, within)
+        taken = best(open_, within)
         passing = tuple(sorted(layer for layer, one in taken.items() if both and one.skip == "layer"))
         advance(f"{len(taken)} layers together")
         if passing != compiled:
@@ -240,7 +244,12 @@ def calibrate(
         found = measured.of(taken)
         if found.cost <= target or not taken:
             break
-        within = min(within, sum(max(one.cost, 0.0) for one in taken.values())) * min(0.9, target / found.cost)
+        if (taken, within) == (before, 0.0):  # costs that are nothing alone
+            open_.remove(min(taken.values(), key=lambda one: one.worth))
+        before, within = (
+            taken,
+            min(within, sum(max(one.cost, 0.0) for one in taken.values())) * min(0.9, target / found.cost),
+        )
     dense = sorted({*every, *measured.left_alone} - {*taken})
     return Calibration(
         {**_passing(options, passing), "dense_layers": dense},

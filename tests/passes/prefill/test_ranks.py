@@ -63,6 +63,32 @@ def test_whole_weights_on_every_rank_share_nothing(mesh):
     assert group_of(attention(whole, *weights(mesh, Replicate(), Replicate()))) is None
 
 
+def test_ranks_that_share_other_parts_of_the_layer_are_not_known_to_agree(mesh):
+    def shared_mlp(x, wq, wk, wv, wo):
+        h = x + F.linear(attend(x, local(wq), local(wk), local(wv)), local(wo))
+        y = F.linear(h, local(wo))
+        dist.all_reduce(y)
+        return h + y
+
+    with pytest.raises(ranks.Unknown):
+        group_of(attention(shared_mlp, *weights(None)))
+
+
+def middle(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_heads_that_come_from_another_graph_are_not_known_to_be_all(mesh):
+    (found,), _ = read_all(graph_of(middle, *torch.randn(3, 1, 2, 12, 8)).graph)
+    with pytest.raises(ranks.Unknown):
+        group_of(found)
+
+
+def test_heads_that_come_from_another_graph_of_one_process():
+    (found,), _ = read_all(graph_of(middle, *torch.randn(3, 1, 2, 12, 8)).graph)
+    assert group_of(found) is None
+
+
 def no_sum(x, wq, wk, wv, wo):
     return x + F.linear(attend(x, wq, wk, wv), local(wo))
 

@@ -103,8 +103,8 @@ class _Fixed:
     ("target", "dense", "passing", "cost"),
     [
         (2.0, [7], [0, 1, 2, 3], 1.606),
-        (0.7, [0, 7], [1, 3], 0.176),  # .66 is within it, 1.1 * .66 is not
-        (0.0655, [0, 2, 7], [1, 3], 0.066 / 1.1 * 1.1),
+        (0.7, [0, 7], [1, 2, 3], 0.616),  # .66 is within it, 1.1 * .66 is not
+        (0.0655, [0, 2, 7], [1], 0.044),
         (0.0, [0, 1, 2, 3, 7], [], 0.0),
     ],
 )
@@ -119,6 +119,21 @@ def test_the_choice_is_measured_together(monkeypatch, target, dense, passing, co
         (one.layer, one.skip, one.cost) for one in _choices()
     ]
     assert said[1:5] == [f"layer {layer}, attention alone" for layer in range(4)]
+
+
+def test_layers_that_cost_nothing_alone_and_much_together(monkeypatch):
+    class Joint(_Fixed):
+        def of(self, layers):
+            return Found(0.3 * max(len(layers) - 1, 0), 1 - 0.1 * len(layers), 100 - 4 * len(layers) - (3 in layers))
+
+    monkeypatch.setattr(module, "Measured", Joint)
+    found = calibrate(None, [], OPTIONS | {"skip": "attention"}, 0.2)
+    assert found.cost == 0.0 and found.options["dense_layers"] == [0, 1, 2, 7], "the one that is worth the most is left"
+
+
+def test_layers_are_measured_as_if_each_selected_for_itself(monkeypatch):
+    monkeypatch.setattr(module, "Measured", _Fixed)
+    assert calibrate(None, [], {"score_every": 4, "skip": "attention"}, 2.0).options["score_every"] == 1
 
 
 @pytest.mark.parametrize("given", [{"skip": "attention"}, {"policy": "skip_layers"}, {"prefill": "dense"}])
