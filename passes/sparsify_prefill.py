@@ -24,6 +24,9 @@ the attention gets gathers of its own.
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
 
+A later part of a prompt, over a cache that holds every token, is a prefill whose queries are the newest ones: it
+attends to everything, and the cache keeps what is selected after that (`prefill/turns.py`).
+
 Several attentions may read the K and V of one cache layer (shared KV: Gemma 3n, Gemma 4). The first one selects; the
 others attend among the same kept tokens, since the cache will hold no others when they decode.
 """
