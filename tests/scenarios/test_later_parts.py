@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support import tiny_llama
+from support import tiny_llama, tiny_models
 from support.tiny_llava import compiled, inputs, model, prompt_cache, step
 from transformers import DynamicCache, LlamaConfig
 
@@ -62,6 +62,7 @@ def test_explain_takes_a_cache_and_says_it_of_every_layer():
 
 
 FIRST, SECOND, RATIO = 60, 150, 0.5
+HALF = {"policy": "paper", "keep_ratio": RATIO}
 
 
 class Attention(torch.nn.Module):
@@ -104,7 +105,7 @@ def test_the_tokens_of_a_later_part_are_those_of_the_model_written_out(first, ba
     (one, two), shown = parts(batch)
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
     cache, f = DynamicCache(config=config), Attention()
-    options = {"policy": "paper", "keep_ratio": RATIO, "inner": "eager"}
+    options = HALF | {"inner": "eager"}
     compiled_f = torch.compile(
         f, backend="zipvl", options=options | {"min_tokens": 0 if first == "compacted" else FIRST + 1}
     )
@@ -203,3 +204,21 @@ def test_another_question_about_the_same_picture():
     held = [layer.cached_length for layer in cache.layers]
     assert all(layer.cached_length < held[0] + PART.shape[1] for layer in one.layers)
     assert [layer.cached_length for layer in cache.layers] == held
+
+
+@pytest.mark.parametrize("family", ["mistral4", "gemma3"])
+def test_a_later_part_over_latents_and_beside_sliding_windows(family):
+    """Exact where every token is kept; else half of what is in memory and of the part is."""
+    words = torch.randint(10, 200, (1, 140), generator=torch.Generator().manual_seed(1))
+    by_token = {name: make(words) for name, make in tiny_models.FAMILIES[family].by_token.items()}
+    found = []
+    for f in (tiny_models.model(family), *(tiny_models.compiled(family, **one) for one in ({"tau": 1.0}, HALF))):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            cache = cache_of(f(**tiny_models.inputs(family), use_cache=True))
+            found.append((f(input_ids=words, **as_argument(cache), use_cache=True, **by_token).logits, cache))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    first = tiny_models.inputs(family)["input_ids"].shape[1]
+    layers = [layer for layer in found[2][1].layers if isinstance(layer, CompactLayer)]
+    assert layers and all(layer.get_seq_length() == first + 140 for layer in layers)
+    assert all(layer.cached_length == -(-(-(-first // 2) + 140) // 2) for layer in layers)
