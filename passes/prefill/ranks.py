@@ -46,19 +46,22 @@ def group_of(query: Node, attention: Node) -> str | None:
     Raises:
         Unknown: several ranks do, and it is not known which.
     """
+    if not collectives.are_several():
+        return None
     above = _nearest(query, lambda x: x.all_input_nodes)
     below = _nearest(attention, lambda x: x.users)
     sums = [{name for user in node.users if (name := collectives.summed_over(user)) is not None} for node in below]
     try:
         owners = set().union(*map(_owners, above))
         names = owners.union(*sums, *map(_owners, below))
+        elsewhere = collectives.in_use(attention.graph)
     except collectives.Uneven as error:
         raise Unknown from error
     between = any(map(collectives.communicates, (*above, *below)))
     if not names and not between and not collectives.is_spread(example(query)):
         # Of a graph that sums over ranks elsewhere, as where only MLPs are shared, nobody knows that ranks compute the
         # same scores to the last bit; and a graph without projections does not say whose heads it is given.
-        if collectives.in_use(attention.graph) or (collectives.are_several() and not (above and below)):
+        if elsewhere or not (above and below):
             raise Unknown
         return None
     # One projection, whose sum is over the ranks that have the weights above it and its own. Ranks of another group
