@@ -269,14 +269,13 @@ class CompactLayer(DynamicLayer):
         if n < self.prompt_length:
             # Samples and heads keep different tokens, and a cache is cropped layer by layer: refuse before the first is
             # changed.
-            kept = (self.positions < n).sum(2)
-            if int(kept.min()) != int(kept.max()):
+            if self.positions[:, :, 0].numel() > 1 and not self.holds_every_token:
                 raise ValueError(
                     f"crop: expected a cut after the {self.prompt_length} compacted prompt tokens of a batch of "
                     f"{self.positions.shape[0]} with {self.positions.shape[1]} selections each, got one at {n}. Crop "
                     "less, crop samples one by one (batch_select_indices), or run the prompt again."
                 )
-            self.positions = self.positions[:, :, : int(kept.min())]
+            self.positions = self.positions[:, :, : int((self.positions[0, 0] < n).sum())]
             self.prompt_length = n
         self.cumulative_length = n
         self.borrowed = self.borrowed or self.lent

@@ -19,7 +19,7 @@ def fork(cache: Any) -> Cache:
 
         prefix = model(**inputs, use_cache=True)
         for question in questions:
-            model.generate(question_ids, cache=zipvl_compile.fork(prefix))       # past_key_values= before 5.24
+            model.generate(question_ids, cache=zipvl_compile.fork(prefix))
 
     No token is copied before one of the two grows, and then by the one that grows. Layers of other kinds than
     transformers' dynamic ones and those of this package are copied at once.
