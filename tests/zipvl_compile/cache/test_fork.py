@@ -9,7 +9,7 @@ from support.tiny_llava import inputs, prompt_cache, shared, step
 from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache, StaticLayer
 
-from zipvl_compile import fork
+from zipvl_compile.cache.fork import fork
 from zipvl_compile.cache.hf_names import as_argument, cache_of
 
 QUESTIONS = [torch.randint(6, 128, (1, m), generator=torch.Generator().manual_seed(m)) for m in (1, 7, 140)]
