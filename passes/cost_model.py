@@ -44,10 +44,10 @@ attend, edge, multiply, score, token, byte, site, host, product, masked = sympy.
 
 DENSE = B * Hq * (D + Dv) / 2 * (attend * n**2 + edge * n) * (1 + masked * dense_mask) + B * product * work * n
 CHOICE = site + B * ((score + multiply * D) * Hq * m * n + token * n)
-GATHERS = B * byte * size * ((Hkv * (D + Dv) + 2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
+CACHED = B * byte * size * Hkv * (D + Dv) * r * n
+GATHERS = CACHED + B * byte * size * ((2 * Hq * D + Hq * Dv) * r * n + Hq * Dv * n)
 AMONG_KEPT = B * Hq * (D + Dv) / 2 * (attend * n**2 * r ** (2 - every) + edge * n * r ** (1 - every))
 TO_WINDOW = B * Hq * (D + Dv) / 2 * (2 * attend * local + edge * sympy.Min(local, 1)) * n
-CACHED = B * byte * size * Hkv * (D + Dv) * r * n
 SPARSE = CHOICE + GATHERS + AMONG_KEPT * (1 + masked * sparse_mask) + TO_WINDOW + B * product * work * r * n
 MEANWHILE = 12 * product * B * (Hq * D) ** 2 * n
 WAIT = sympy.Max(host - MEANWHILE, 0)

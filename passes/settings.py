@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zipvl_compile.passes.match.attention_site import AttentionShape
+from zipvl_compile.passes.match.attention_site import PART_TOKENS, AttentionShape
 from zipvl_compile.passes.policy import Policy
 
 LeastTokens = Callable[[AttentionShape, torch.dtype, torch.device], int]
@@ -41,7 +41,7 @@ class Settings(Policy):
     evict: str = "drop"
     min_tokens: int | LeastTokens = 0
     dense_from: float = 1.0
-    reselect_tokens: int = 128
+    reselect_tokens: int = PART_TOKENS
     kernel: str = "auto"
     newest_rows_read: Callable[[], int] = _all
     decoder_layers: Callable[[], int | None] = _unknown

@@ -25,7 +25,7 @@ Where the cache holds latents (MLA), K and V are computed from them token by tok
 kept tokens, and the attention reads gathers of K and V.
 
 A later part of a prompt, over a cache that holds every token, is a prefill whose queries are the newest ones: it
-attends to everything, and the cache keeps what is selected after that (`prefill/turns.py`).
+attends to everything, and the cache keeps what is selected after that (`prefill/later_part.py`).
 
 Several attentions may read the K and V of one cache layer (shared KV: Gemma 3n, Gemma 4). The first one selects; the
 others attend among the same kept tokens, since the cache will hold no others when they decode.
@@ -47,7 +47,7 @@ from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason
 from zipvl_compile.passes.match.sites import Site, Sites
-from zipvl_compile.passes.prefill import ranks
+from zipvl_compile.passes.prefill import later_part, ranks
 from zipvl_compile.passes.prefill.refusals import (
     FIRST_IS_DENSE,
     left_alone,
@@ -141,8 +141,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
             site.mask = sites.masks.form(site.attention)
             own = rule_of(numbers[row], settings, sites.demanded)
             site.skips = own.skip == "layer"
-            unshared = ranks.refusal(site.attention.query, site.attention.node, own)
-            site.group = None if unshared else ranks.group_of(site.attention.query, site.attention.node)
+            site.group, unshared = ranks.shared_by(site.attention.query, site.attention.node, own)
             site.shape = shape_of(site.attention, site.mask, own, site.group is not None)
             site.reason = unshared or reason_to_stay(site, owner, first, numbers[row], own)
             if site.reason is None:
@@ -153,8 +152,10 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
                     if owner is None:
                         chosen = shared if left and shared is not None and fits(shared, attention) else None
                         site.selects = chosen is None
-                        if chosen is None:
+                        if chosen is None and attention.reads_whole_prompt:
                             chosen = select(site, attention, sites.masks, sites.demanded, numbers, row, own)
+                        elif chosen is None:
+                            chosen = later_part.select(attention, site.group, numbers, row, own)
                         owner = attention, compact(site, attention, chosen, own)
                         left = (left if not site.selects else settings.score_every or len(sites.prefill)) - 1
                         shared = chosen  # only now: what is undone serves no other layer

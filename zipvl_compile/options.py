@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zipvl_compile.dynamo import UserError, inductor_modes
-from zipvl_compile.passes.match.attention_site import LATER_PART
+from zipvl_compile.passes.match.attention_site import PART_TOKENS
 from zipvl_compile.passes.policy import Policy, Score, Skip, Unselected
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.policies import names as policy_names
@@ -288,8 +288,8 @@ _CHECKS: dict[str, _Check] = {
         "Use 0 to rewrite prompts of every length, None to let the cost model decide.",
     ),
     "reselect_tokens": (
-        lambda value: _count(LATER_PART)(value) or (_count(0)(value) and value == 0),
-        f"0 or an integer of at least {LATER_PART}",
+        lambda value: _count(PART_TOKENS)(value) or (_count(0)(value) and value == 0),
+        f"0 or an integer of at least {PART_TOKENS}",
         "Use 0 to drop nothing after the first part of a prompt.",
     ),
     "inner": _words("inductor", "aot_eager", "eager", remedy='Use "inductor" for speed.'),

@@ -9,12 +9,15 @@ from torch.fx import Graph, Node
 
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.private import COLLECTIVES
-from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.graph.reading import arguments, example, is_op
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 else:  # a build without it has no ranks
     DTensor = type(None)  # type: ignore[assignment, misc]
+
+
+BETWEEN = ("_c10d_functional", "c10d::")  # how the names of operators between ranks begin
 
 
 class Uneven(Exception):
@@ -48,7 +51,7 @@ def communicates(node: Node) -> bool:
     """Return whether a node moves data between ranks, or returns what is spread over them."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return _operator(node).startswith("_c10d_functional") or is_spread(example(node))
+    return _operator(node).startswith(BETWEEN) or is_spread(example(node))
 
 
 def in_use(graph: Graph) -> bool:
@@ -65,10 +68,10 @@ def are_several() -> bool:
 
 def summed_over(node: Node) -> str | None:
     """Return the name of the process group over which a node sums, or None."""
-    if _operator(node) != "_c10d_functional::all_reduce":
+    if not is_op(node, "all_reduce"):
         return None
-    _, how, group = node.args if len(node.args) == 3 else (None, None, None)
-    return str(group) if how == "sum" and group is not None else None
+    given = arguments(node)
+    return str(given["group_name"]) if given["reduce_op"] == "sum" else None
 
 
 def insert_sum(x: Node, group: str, before: Node) -> Node:

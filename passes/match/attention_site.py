@@ -15,8 +15,8 @@ from zipvl_compile.passes.graph.graph import current, erase_orphans, erase_unrea
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.reading import example
 
-#: Queries at once that are a part of a prompt, and not draft tokens to verify.
-LATER_PART = 128
+#: So many queries at once are a part of a prompt, and not draft tokens to verify.
+PART_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Attention:
 
         For an attention that reads a cache. Where their number is a symbol, this becomes a guard.
         """
-        return bool(example(self.query).shape[2] >= LATER_PART)
+        return bool(example(self.query).shape[2] >= PART_TOKENS)
 
     def in_its_dtype(self, x: Node) -> Node:
         """Return an input in the dtype that the attention computes in, which under autocast is not its own."""

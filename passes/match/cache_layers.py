@@ -83,7 +83,7 @@ def views_above(attention: Attention) -> list[KVViewCall]:
     return views
 
 
-def turn_of(attention: Attention) -> Node | None:
+def later_part_of(attention: Attention) -> Node | None:
     """Return the marker of all that is in memory of the layer that an attention reads, after a later part; or None."""
     parts = [user for view in views_above(attention) for user in view.buffer.users if is_op(user, "getitem")]
     return next((marker for part in parts for marker in part.users if TokenPositionsCall.matches(marker)), None)

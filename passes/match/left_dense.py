@@ -7,7 +7,7 @@ from any other softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from zipvl_compile.passes.match.attention_site import Attention, module_path
 from zipvl_compile.passes.match.cross_attention import is_cross_attention
 from zipvl_compile.passes.match.near_miss import NearMiss
 from zipvl_compile.passes.match.outcome import Kind, SiteOutcome
-from zipvl_compile.passes.match.reasons import CROSS_ATTENTION, LATER_PART, Reason, Why, fault
+from zipvl_compile.passes.match.reasons import CROSS_ATTENTION, LATER_PART_ELSEWHERE, Reason, Why, fault
 from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
 
 NO_CACHE = Reason(Why.NO_CACHE, "no KV cache: the call has use_cache=False, or needs gradients")
@@ -96,7 +96,7 @@ def classify(attention: Attention) -> tuple[Kind, Reason]:
     if _grows(key):
         if not _extends_input(key):
             return cached, FOREIGN_CACHE
-        return cached, LATER_PART if attention.is_later_part else FULL_CACHE
+        return cached, LATER_PART_ELSEWHERE if attention.is_later_part else FULL_CACHE
     mask = attention.mask
     form = mask_form.MaskForm(()) if mask is None else mask_form.read(mask, attention.mask_hides)
     is_causal = attention.is_causal or form.is_causal
@@ -130,7 +130,9 @@ def _has_cache(attention: Attention) -> bool:
 Unread = list[tuple[SiteOutcome, Attention | NearMiss | None]]
 
 
-def unread_layers(graph: Graph, attentions: list[Attention], misses: list[NearMiss], claimed: set[Node]) -> Unread:
+def unread_layers(
+    graph: Graph, attentions: list[Attention], misses: list[NearMiss], claimed: Collection[Node | None]
+) -> Unread:
     """Name the cache layers that no attention reads, each with the attention that comes nearest.
 
     Args:

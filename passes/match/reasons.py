@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from zipvl_compile.passes.match.attention_site import PART_TOKENS
+
 
 class Why(Enum):
     """The kinds of reasons; those of `BY_DESIGN` say that staying dense is what should happen."""
@@ -76,12 +78,16 @@ CROSS_ATTENTION = Reason(Why.CROSS_ATTENTION, "cross-attention: queries and keys
 MISALIGNED_CAUSAL = Reason(Why.MISALIGNED_CAUSAL, "is_causal aligns queries with the first keys, not with the last")
 
 
+_KEPT = (
+    "a later part of a prompt, over a cache that holds the earlier one: its queries attend to every cached token, and "
+    "none of its tokens is dropped"
+)
 LATER_PART = Reason(
     Why.PART_OF_PROMPT,
-    "a later part of a prompt, over a cache that holds the earlier one: its queries attend to every cached token, and "
-    "none of its tokens is dropped: options={'reselect_tokens': 128} selects parts of so many tokens or more anew, "
-    "together with what is in memory",
+    f"{_KEPT}: options={{'reselect_tokens': {PART_TOKENS}}} selects parts of so many tokens or more anew, together "
+    "with what is in memory",
 )
+LATER_PART_ELSEWHERE = Reason(Why.PART_OF_PROMPT, f"{_KEPT}, since it is no cache layer of this package")
 
 
 def fault(error: Exception) -> Reason:

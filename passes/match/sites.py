@@ -41,7 +41,7 @@ class Site:
         selects: whether it computes scores of its own, which read all keys.
         skips: whether tokens that it does not keep should pass its layer.
         group: the process group whose ranks share its heads; None where one rank has them all.
-        turn: marker of what is in memory once a later part of a prompt was appended, of a decode site; else None.
+        later_part: marker of what is in memory once a later part of a prompt was appended, of a decode site; else None.
         needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
@@ -55,7 +55,7 @@ class Site:
     selects: bool = True
     skips: bool = False
     group: str | None = None
-    turn: Node | None = None
+    later_part: Node | None = None
     reason: Reason | None = None
     needs_true_rows: str = ""
     note: Reason | None = None
@@ -122,7 +122,7 @@ class Sites:
 
         def copy(site: Site) -> Site:
             new = replace(site, attention=site.attention.mapped(moved), layer=site.layer and moved(site.layer),
-                          turn=site.turn and moved(site.turn))  # fmt: skip
+                          later_part=site.later_part and moved(site.later_part))  # fmt: skip
             new.node, new.name = moved(site.node), site.name
             return new
 
@@ -145,9 +145,9 @@ def match(graph: Graph) -> Sites:
     decode = cache_layers.shown_to(graph, attentions)
     sites = Sites(near_misses=misses)
     sites.prefill = [Site(form, "prefill", layer) for form, layer in prefill.values()]
-    sites.decode = [Site(form, "decode", turn=cache_layers.turn_of(form)) for form in decode.values()]
+    sites.decode = [Site(form, "decode", later_part=cache_layers.later_part_of(form)) for form in decode.values()]
     rest = [one for one in attentions if one.node not in prefill and one.node not in decode]
-    claimed = {layer for _, layer in prefill.values()} | {site.turn for site in sites.decode if site.turn is not None}
+    claimed = {site.layer or site.later_part for site in (*sites.prefill, *sites.decode)}
     claimed |= {view.node for one in decode.values() for view in cache_layers.views_above(one) if view.node is not None}
     unread = left_dense.unread_layers(graph, attentions, misses, claimed)
     explained = {nearest.node for _, nearest in unread if nearest is not None}

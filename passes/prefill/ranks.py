@@ -72,17 +72,18 @@ def group_of(query: Node, attention: Node) -> str | None:
     return names.pop()
 
 
-def refusal(query: Node, attention: Node, policy: Policy) -> Reason | None:
-    """Return why an attention whose heads are shared by ranks must stay dense, or None."""
+def shared_by(query: Node, attention: Node, policy: Policy) -> tuple[str | None, Reason | None]:
+    """Return the process group whose ranks share the heads of an attention, and why it must stay dense for that.
+
+    One of the two at most; both are None where one rank has all heads.
+    """
     try:
         group = group_of(query, attention)
     except Unknown:
-        return UNKNOWN
-    if group is None:
-        return None
-    if policy.groups == "kv_head":
-        return EACH_HEAD
-    return VALUES if policy.score == "value" else None
+        return None, UNKNOWN
+    if group is not None and policy.groups == "kv_head":
+        return None, EACH_HEAD
+    return (None, VALUES) if group is not None and policy.score == "value" else (group, None)
 
 
 def _nearest(start: Node, following: Callable[[Node], Iterable[Node]]) -> list[Node]:

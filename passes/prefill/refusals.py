@@ -36,8 +36,7 @@ TWO_LAYERS = Reason(Why.SHARED_KV, "shared KV: this attention reads the keys and
 
 def refusal(attention: Attention, layer: Node, settings: Settings) -> Reason | None:
     """Return why an attention must stay dense and its cache whole, or None."""
-    q, k = example(attention.query), example(attention.key)
-    if statically_known_true(k.shape[2] == 1):
+    if statically_known_true(example(attention.key).shape[2] == 1):
         return ONE_TOKEN
     cached = attention.key in cache_layers.stored_by(layer)  # else it is computed from the cache's latents
     if cached and any(changed_in_place(x) for x in (attention.key, attention.value)):
@@ -46,21 +45,23 @@ def refusal(attention: Attention, layer: Node, settings: Settings) -> Reason | N
         return READ_AGAIN
     if is_cross_attention(attention):
         return reasons.CROSS_ATTENTION
-    if not attention.reads_whole_prompt:
-        if settings.keeps_all or settings.evict == "keep":
-            return KEPT_WHOLE
-        whole = settings.reselect_tokens == 0 or settings.groups != "layer"
-        if not attention.is_later_part:
-            return Reason(
-                Why.PART_OF_PROMPT, f"{q.shape[2]} queries over {k.shape[2]} keys: not the prefill of a whole prompt"
-            )
-        if whole or q.shape[2] < settings.reselect_tokens:
-            return reasons.LATER_PART
-        if attention.is_causal:
-            return reasons.MISALIGNED_CAUSAL
+    if not attention.reads_whole_prompt and (part := part_refusal(attention, settings)) is not None:
+        return part
     if unreadable := unreadable_inputs(attention):
         return unreadable
     return NOT_CAUSAL if attention.mask is None and not attention.is_causal else None
+
+
+def part_refusal(attention: Attention, settings: Settings) -> Reason | None:
+    """Return why nothing is dropped of a cache that holds every token once a later part has attended to it, or None."""
+    m, n = example(attention.query).shape[2], example(attention.key).shape[2]
+    if settings.keeps_all or settings.evict == "keep":
+        return KEPT_WHOLE
+    if not attention.is_later_part:
+        return Reason(Why.PART_OF_PROMPT, f"{m} queries over {n} keys: not the prefill of a whole prompt")
+    if settings.groups != "layer" or settings.reselect_tokens == 0 or m < settings.reselect_tokens:
+        return reasons.LATER_PART
+    return reasons.MISALIGNED_CAUSAL if attention.is_causal else None
 
 
 def unreadable_inputs(attention: Attention) -> Reason | None:

@@ -16,13 +16,13 @@ from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, insert_
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, outputs
 from zipvl_compile.passes.graph.private import fake_mode_of
 from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.masks.mask_form import CanonicalMasks, four_axes
+from zipvl_compile.passes.masks.mask_form import CanonicalMasks
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.match.outcome import Demanded
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site
-from zipvl_compile.passes.prefill import ranking, turns
+from zipvl_compile.passes.prefill import ranking
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.row_select import token_positions
 
@@ -101,34 +101,41 @@ def select(
     settings: Settings,
 ) -> Selection:  # fmt: skip
     """Insert scoring and selection before the attention, of the layer in a `row` of the graph's budgets."""
-    node, key = attention.node, attention.in_its_dtype(attention.key)
-    if not attention.reads_whole_prompt:
-        mask = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
-        shown = turns.newest_row(mask, settings, node)
-        positions = turns.select(
-            attention.query, key, attention.value, shown, attention.scale, attention.softcap, site.group,
-            budget_of(node, key, layers, row, settings), settings, node,
-        )  # fmt: skip
-        return Selection(positions, SelectTokensCall.read(positions).visible)
-    rows, is_causal = masks.insert(attention)
+    node, (rows, is_causal) = attention.node, masks.insert(attention)
+    key = attention.in_its_dtype(attention.key)
     scores = TokenScoresCall(
         q=attention.query, k=key, mask=rows, is_causal=is_causal, scale=attention.scale, softcap=attention.softcap,
         recent_probes=settings.recent_probes, random_probes=settings.random_probes, seed=settings.probe_seed,
         groups=groups_of(site, settings), even=settings.score == "even",
-    ).insert(node)  # fmt: skip
-    accumulated, visible = outputs(scores, node)
-    if site.group is not None:  # the others have scores of their own heads
-        accumulated = insert_sum(accumulated, site.group, node)
-    keep_recent, protected = always_kept(site, demanded, settings)
+    )  # fmt: skip
     budget = budget_of(node, key, layers, row, settings)
+    return best_of(scores, attention.value, always_kept(site, demanded, settings), site.group, budget, settings, node)
+
+
+def best_of(
+    scores: TokenScoresCall, value: Node, kept: tuple[Any, Node | None], group: str | None, budget: Node | None,
+    settings: Settings, before: Node,
+) -> Selection:  # fmt: skip
+    """Insert scores and the selection of the tokens that they rank highest before a node.
+
+    Args:
+        scores: of keys `[B, Hkv, n, D]`.
+        value: `[B, Hkv, n, Dv]`.
+        kept: how many of the newest tokens are always kept, and the positions of others, see `always_kept`.
+        group: the process group whose ranks share the heads; None where one rank has them all.
+        budget: numbers of the layer's budget, where they may change from call to call.
+    """
+    accumulated, visible = outputs(scores.insert(before), before)
+    if group is not None:  # the others have scores of their own heads
+        accumulated = insert_sum(accumulated, group, before)
+    keep_recent, protected = kept
     positions = SelectTokensCall(
         accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
         keep_recent=keep_recent, protected=protected, keep_tokens=settings.keep_tokens, floor=settings.floor,
         # A token before the first kept one would have nothing to hold.
         keep_first=max(settings.keep_first, int(settings.unselected == "hold")),
-        ranking=ranking.insert(accumulated, visible, attention.key, attention.value, settings, node),
-        budget=budget,
-    ).insert(node)  # fmt: skip
+        ranking=ranking.insert(accumulated, visible, scores.k, value, settings, before), budget=budget,
+    ).insert(before)  # fmt: skip
     return Selection(positions, visible)
 
 

@@ -61,7 +61,7 @@ def test_one_token_of_an_uncompiled_model_sees_what_each_head_kept():
 
 
 def test_a_cut_through_the_prompt_is_refused():
-    torch._dynamo.reset()  # past its recompile limit, Dynamo would leave the prompt dense
+    torch._dynamo.reset()  # the tests before it may reach Dynamo's recompile limit, past which a prompt is left dense
     cache = prompt_cache(shared(**SPARSE), inputs(text=20))
     step(shared(**SPARSE), torch.tensor([[9, 10]]), cache)
     with pytest.raises(ValueError, match="of a batch of 1 with 2 selections each"):

@@ -55,8 +55,8 @@ def attend(x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor
     return out.transpose(1, 2).reshape(1, N, -1)
 
 
-def graph_of(function, *inputs) -> torch.fx.GraphModule:
-    """Return what Dynamo traces of a function, without gradients."""
+def graph_of(function, *inputs, gradients: bool = False) -> torch.fx.GraphModule:
+    """Return what Dynamo traces of a function."""
     found = []
 
     def keep(gm, _):
@@ -64,7 +64,7 @@ def graph_of(function, *inputs) -> torch.fx.GraphModule:
         return gm.forward
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         torch.compile(function, backend=keep, fullgraph=True)(*inputs)
     (gm,) = found
     return gm

@@ -16,11 +16,12 @@ from transformers.cache_utils import DynamicLayer
 from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
-from zipvl_compile.cache.later_parts import LATER_PART, compact_again, continued
+from zipvl_compile.cache.later_parts import compact_again, continued
 from zipvl_compile.gradients import tracing_for_zipvl
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.match.attention_site import PART_TOKENS
 
 
 class CompactLayer(DynamicLayer):
@@ -150,12 +151,12 @@ class CompactLayer(DynamicLayer):
             check_continues(self.key_buffer, self.value_buffer, key_states, value_states)
             if traced and tracing_for_zipvl():
                 views = self._decode(key_states, value_states)
-                if key_states.shape[2] >= LATER_PART:
+                if key_states.shape[2] >= PART_TOKENS:
                     compact_again(self)
                 return views
             return self._update_outside(key_states, value_states)
         if self.get_seq_length() > 0:
-            if traced and tracing_for_zipvl() and key_states.shape[2] >= LATER_PART:
+            if traced and tracing_for_zipvl() and key_states.shape[2] >= PART_TOKENS:
                 return self._prefill(*continued(self, key_states, value_states))
             return super().update(key_states, value_states, *args, **kwargs)
         if traced and tracing_for_zipvl():

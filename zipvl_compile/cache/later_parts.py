@@ -1,6 +1,6 @@
 """A later part of a prompt, or a later turn: what is in memory and the new tokens are stored as a prompt is.
 
-The passes may put a selection in the place of `token_positions`, which keeps every token (`reselect_turns` for a
+The passes may put a selection in the place of `token_positions`, which keeps every token (`reselect_later_parts` for a
 compacted cache, `sparsify_prefill` for one that holds every token).
 """
 
@@ -13,9 +13,6 @@ import torch
 from zipvl_compile.cache.buffers import spare_tokens
 from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.ops import ops
-from zipvl_compile.passes.match.attention_site import LATER_PART
-
-__all__ = ["LATER_PART", "compact_again", "continued"]
 
 
 def compact_again(layer: Any) -> None:

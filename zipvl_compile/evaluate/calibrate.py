@@ -12,7 +12,6 @@ select keep every token, which is a number of the budget.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from zipvl_compile.evaluate.compiled import compiled_for
 from zipvl_compile.evaluate.flops import CountedFlops
+from zipvl_compile.evaluate.layer_choices import Choice, Found, best_together
 from zipvl_compile.evaluate.measures import kl
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.match.reasons import Why
@@ -34,32 +34,6 @@ from zipvl_compile.report.stats import stats
 
 Inputs = Mapping[str, torch.Tensor]
 ANSWER = 16  # tokens
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is measured where one layer alone selects.
-
-    Attributes:
-        layer: its number.
-        skip: what its other tokens do without, "attention" or the "layer".
-        cost: KL to dense (nats).
-        flops, tokens: what it saves, as a share of the FLOPs of a prefill in which every layer scores and keeps every
-            token, and of the cached tokens of all layers.
-        chosen: whether the options have it.
-    """
-
-    layer: int
-    skip: Skip
-    cost: float
-    flops: float
-    tokens: float
-    chosen: bool = False
-
-    @property
-    def worth(self) -> float:
-        """Return what it saves of both: a layer is worth its time and its memory."""
-        return self.flops + self.tokens
 
 
 @dataclass(frozen=True)
@@ -121,15 +95,6 @@ def _log_probabilities(model: Any, inputs: Inputs, answer: torch.Tensor) -> tupl
     return torch.cat(out.logits).float().log_softmax(1), out
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is measured of some layers together: KL (nats), share of the prompt that is kept, FLOPs of a prefill."""
-
-    cost: float
-    kept: float
-    flops: int
-
-
 class Measured:
     """Prompts with a model's dense answers, and what the model makes of them as options have it.
 
@@ -171,28 +136,6 @@ class Measured:
         return Found(sum(found) / len(found), sum(shares) / len(shares), counted.total)
 
 
-def best(choices: Sequence[Choice], target: float) -> dict[int, Choice]:
-    """Return what each layer should do, that which is worth the most first for what it costs, by its number.
-
-    Args:
-        choices: at most one of each layer is taken.
-        target: most that their costs may add up to (nats).
-    """
-    taken: dict[int, Choice] = {}
-    none = Choice(-1, "attention", 0.0, 0.0, 0.0)
-    while True:
-        steps = []
-        for one in choices:
-            before = taken.get(one.layer, none)
-            more = max(one.cost, 0.0) - max(before.cost, 0.0)
-            if one.worth > before.worth and sum(max(x.cost, 0.0) for x in taken.values()) + more <= target:
-                steps.append(((one.worth - before.worth) / more if more > 0 else math.inf, one.worth, one))
-        if not steps:
-            return taken
-        step = max(steps, key=lambda step: step[:2])[2]
-        taken[step.layer] = step
-
-
 def calibrate(
     model: Any,
     prompts: Sequence[Inputs],
@@ -232,27 +175,21 @@ def calibrate(
         advance("a trace where tokens pass whole layers")
         if measured.compile(_passing(options, every)):
             choices += _each(measured, "layer", advance)
-    compiled, within, open_ = tuple(every) if both else (), target, [*choices]
-    before: dict[int, Choice] = {}
-    while True:
-        taken = best(open_, within)
+    compiled = tuple(every) if both else ()
+
+    def together(taken: Mapping[int, Choice]) -> Found:
+        nonlocal compiled
         passing = tuple(sorted(layer for layer, one in taken.items() if both and one.skip == "layer"))
         advance(f"{len(taken)} layers together")
         if passing != compiled:
             measured.compile(_passing(options, passing))
             compiled = passing
-        found = measured.of(taken)
-        if found.cost <= target or not taken:
-            break
-        if (taken, within) == (before, 0.0):  # costs that are nothing alone
-            open_.remove(min(taken.values(), key=lambda one: one.worth))
-        before, within = (
-            taken,
-            min(within, sum(max(one.cost, 0.0) for one in taken.values())) * min(0.9, target / found.cost),
-        )
+        return measured.of(taken)
+
+    taken, found = best_together(choices, target, together)
     dense = sorted({*every, *measured.left_alone} - {*taken})
     return Calibration(
-        {**_passing(options, passing), "dense_layers": dense},
+        {**_passing(options, compiled), "dense_layers": dense},
         tuple(replace(one, chosen=taken.get(one.layer) is one) for one in choices),
         found.cost, found.kept, found.flops / measured.of(()).flops, target, len(measured.prompts),
     )  # fmt: skip

@@ -26,7 +26,7 @@ def _rows(name: str, options: Options, option: str, values: Iterable[float]) -> 
 
 UNION = {"policy": "union"}
 SKIPPING = {"policy": "skip_layers"}
-LATER = {"skip": "layer", "skip_in": 0.5}
+SECOND_HALF = {"skip": "layer", "skip_in": 0.5}
 VARIANTS: dict[str, Options] = {
     DENSE: {},
     **_rows("paper", {"policy": "paper"}, "tau", (0.975, 0.9, 0.8)),
@@ -40,7 +40,7 @@ VARIANTS: dict[str, Options] = {
     **_rows("skip layers", SKIPPING, "tau", (0.99, 0.975)),
     **_rows("skip layers by twos", SKIPPING | {"score_every": 2}, "tau", (0.99,)),
     **_rows("skip layers by fours", SKIPPING | {"score_every": 4}, "tau", (0.99,)),
-    **_rows("union then skip layers", UNION | LATER, "tau", (0.99, 0.975)),
+    **_rows("union then skip layers", UNION | SECOND_HALF, "tau", (0.99, 0.975)),
     **_rows("evict", {"policy": "paper", "prefill": "dense"}, "tau", (0.9,)),
     **_rows("snapkv", {"policy": "snapkv"}, "keep_ratio", (0.4,)),
     **_rows("heavy hitters", {"policy": "heavy_hitters"}, "keep_ratio", (0.4,)),

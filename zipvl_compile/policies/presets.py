@@ -11,7 +11,8 @@ layers that select, and how many documents:
 
 The default stays below +.02 on both, there and on the documents to report (README). `fast` computes a quarter less of
 SmolLM2's prefill than dense, where `balanced` computes a tenth less: tokens pass whole layers in the second half of
-the decoder, so that short prompts gain, too. In the first half that costs far more.
+the decoder, so that short prompts gain, too. At tau 0.99 that lost +.048 and -.001, and the policy `skip_layers`, from
+the second quarter of the layers on, +.068 and +.040.
 """
 
 from __future__ import annotations

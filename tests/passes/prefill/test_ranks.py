@@ -33,8 +33,8 @@ def group_of(found):
     return ranks.group_of(found.query, found.node)
 
 
-def refusal(found, policy):
-    return ranks.refusal(found.query, found.node, policy)
+def shared(found, policy):
+    return ranks.shared_by(found.query, found.node, policy)
 
 
 def test_heads_of_one_rank():
@@ -42,15 +42,16 @@ def test_heads_of_one_rank():
         return x + F.linear(attend(x, wq, wk, wv), wo)
 
     found = attention(alone, *weights(None))
-    assert group_of(found) is None and refusal(found, Policy(groups="kv_head")) is None
+    assert shared(found, Policy(groups="kv_head")) == (None, None)
 
 
 def test_heads_that_two_ranks_share(mesh):
     found = attention(layer, *weights(mesh))
     assert group_of(found) == mesh.get_group().group_name
-    assert refusal(found, Policy()) is None
+    assert shared(found, Policy()) == (group_of(found), None)
     for policy, says in ((Policy(groups="kv_head"), "groups="), (Policy(score="value"), "score=")):
-        reason = refusal(found, policy)
+        group, reason = shared(found, policy)
+        assert group is None
         assert reason.why is Why.RANKS and says in reason.text and "several ranks share" in reason.text
 
 
@@ -111,7 +112,7 @@ def test_other_ways_to_share_heads_are_not_known(mesh, function):
     found = attention(function, *weights(mesh))
     with pytest.raises(ranks.Unknown):
         group_of(found)
-    assert refusal(found, Policy()) is ranks.UNKNOWN
+    assert shared(found, Policy()) == (None, ranks.UNKNOWN)
 
 
 def test_another_reduction_is_none(mesh):
@@ -150,14 +151,5 @@ def test_parts_of_other_sizes(mesh):
 
 
 def test_what_is_traced_with_gradients_is_not_known(mesh):
-    found = []
-
-    def keep(gm, _):
-        found.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.enable_grad():
-        torch.compile(lambda x, *w: no_sum(x, *w), backend=keep)(X, *weights(mesh))
-    (one,), _ = read_all(found[0].graph)
-    assert refusal(one, Policy()) is ranks.UNKNOWN
+    (found,), _ = read_all(graph_of(no_sum, X, *weights(mesh), gradients=True).graph)
+    assert shared(found, Policy()) == (None, ranks.UNKNOWN)

@@ -5,7 +5,8 @@ import torch
 from support.tiny_llava import inputs, prompt_cache, shared
 
 from zipvl_compile.cache.buffers import spare_tokens
-from zipvl_compile.cache.later_parts import LATER_PART, compact_again, continued
+from zipvl_compile.cache.later_parts import compact_again, continued
+from zipvl_compile.passes.match.attention_site import PART_TOKENS
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_a_compacted_layer_keeps_what_is_in_memory(layer):
 
 def test_a_layer_that_holds_every_token_continues_them():
     layer = prompt_cache(shared(min_tokens=1000), inputs(text=30)).layers[0]
-    k, v = torch.randn(2, 1, 2, LATER_PART, 16).unbind()
+    k, v = torch.randn(2, 1, 2, PART_TOKENS, 16).unbind()
     keys, values = continued(layer, k, v)
-    assert keys.shape[2] == layer.get_seq_length() + LATER_PART == values.shape[2]
-    assert torch.equal(keys[:, :, -LATER_PART:], k) and torch.equal(values[:, :, -LATER_PART:], v)
+    assert keys.shape[2] == layer.get_seq_length() + PART_TOKENS == values.shape[2]
+    assert torch.equal(keys[:, :, -PART_TOKENS:], k) and torch.equal(values[:, :, -PART_TOKENS:], v)

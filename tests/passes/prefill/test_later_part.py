@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from zipvl_compile.passes.prefill.turns import in_memory, newest, newest_row
+from zipvl_compile.passes.prefill.later_part import in_memory, newest, newest_row
 from zipvl_compile.passes.settings import Settings
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.collectives import insert_sum
 from zipvl_compile.passes.graph.graph import insert_call
-from zipvl_compile.passes.graph.op_calls import SelectTokensCall, TokenScoresCall, outputs
+from zipvl_compile.passes.graph.op_calls import TokenScoresCall
 from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.prefill import ranking
+from zipvl_compile.passes.masks.mask_form import four_axes
+from zipvl_compile.passes.match.attention_site import Attention
+from zipvl_compile.passes.prefill.selection import Selection, best_of, budget_of
 from zipvl_compile.passes.settings import Settings
 
 
@@ -28,35 +29,41 @@ def newest(settings: Settings) -> int:
     return min(max(settings.probes, 1), settings.reselect_tokens)
 
 
-def select(
-    query: Node, keys: Node, values: Node, shown: Node | None, scale: Any, softcap: float | None, group: str | None,
-    budget: Node | None, settings: Settings, before: Node,
-) -> Node:  # fmt: skip
-    """Insert a selection before a node; return the places of the kept tokens among those in memory, `[B, 1, P]`.
+def select(attention: Attention, group: str | None, layers: tuple[int, ...], row: int, settings: Settings) -> Selection:
+    """Insert a selection before an attention of a later part whose keys are those of every token so far.
 
     Args:
-        query: of the part, `[B, Hq, m, D]`, its rows are the newest.
-        keys, values: of every token, `[B, Hkv, tokens, D]` and `[.., Dv]`.
-        shown: mask of the newest row over them, `[B or 1, H or 1, 1, tokens]`; None shows all.
-        scale, softcap: of the attention.
+        attention: of the newest queries.
         group: whose ranks share the heads; None where one has them all.
-        budget: numbers of the layer's budget, where they may change from call to call.
+        layers, row: see `selection.select`.
+    """
+    node = attention.node
+    mask = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
+    keys, values = (attention.in_its_dtype(x) for x in (attention.key, attention.value))
+    scores = scores_of(
+        attention.query, keys, newest_row(mask, settings, node), attention.scale, attention.softcap, settings, node
+    )
+    kept = settings.keep_recent, None
+    return best_of(scores, values, kept, group, budget_of(node, keys, layers, row, settings), settings, node)
+
+
+def scores_of(
+    query: Node, keys: Node, shown: Node | None, scale: Any, softcap: float | None, settings: Settings, before: Node
+) -> TokenScoresCall:
+    """Return the call that scores the tokens in memory by the newest rows of a part.
+
+    Args:
+        query: of the part, `[B, Hq, m, D]`.
+        keys: of the tokens in memory and of the part, `[B, Hkv, tokens, D]`.
+        shown: mask of all rows over them, `[B or 1, H or 1, 1, tokens]`; None shows all.
+        scale, softcap: of the attention.
     """
     rows = newest(settings)
     probes = insert_call(before, operator.getitem, (query, (slice(None), slice(None), slice(-rows, None))))
-    scores = TokenScoresCall(
+    return TokenScoresCall(
         q=probes, k=keys, mask=shown, is_causal=True, scale=scale, softcap=softcap, recent_probes=rows,
         random_probes=0, seed=settings.probe_seed, groups=1, even=settings.score == "even",
-    ).insert(before)  # fmt: skip
-    accumulated, visible = outputs(scores, before)
-    if group is not None:
-        accumulated = insert_sum(accumulated, group, before)
-    return SelectTokensCall(
-        accumulated=accumulated, visible=visible, tau=settings.tau, keep_ratio=settings.keep_ratio,
-        keep_recent=settings.keep_recent, keep_tokens=settings.keep_tokens, floor=settings.floor,
-        keep_first=settings.keep_first,
-        ranking=ranking.insert(accumulated, visible, keys, values, settings, before), budget=budget,
-    ).insert(before)  # fmt: skip
+    )  # fmt: skip
 
 
 def newest_row(mask: Node | None, settings: Settings, before: Node) -> Node | None:

@@ -6,7 +6,7 @@ from support import tiny_llama
 from support.tiny_llava import step
 
 from zipvl_compile.cache.hf_names import cache_of
-from zipvl_compile.passes import reselect_turns
+from zipvl_compile.passes import reselect_later_parts
 from zipvl_compile.passes.match import reasons
 from zipvl_compile.report.compile_report import collect
 
@@ -41,7 +41,7 @@ def test_a_part_that_is_too_short_is_kept_whole(least):
 
 
 def test_heads_with_tokens_of_their_own_are_kept_whole():
-    assert second(groups="kv_head") == ([0, 0], [reselect_turns.HEADS] * 2)
+    assert second(groups="kv_head") == ([0, 0], [reselect_later_parts.HEADS] * 2)
 
 
 def test_a_dense_layer_is_kept_whole():

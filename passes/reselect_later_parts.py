@@ -31,34 +31,35 @@ from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.match import cache_layers, reasons
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Site, Sites
-from zipvl_compile.passes.prefill import ranks, turns
+from zipvl_compile.passes.prefill import later_part, ranks
 from zipvl_compile.passes.prefill.refusals import left_alone, numbers_of, with_counted_layers
-from zipvl_compile.passes.prefill.selection import budget_of
+from zipvl_compile.passes.prefill.selection import best_of, budget_of
 from zipvl_compile.passes.settings import Settings
 
 HEADS = Reason(Why.PART_OF_PROMPT, "a later part of a prompt, over a cache whose heads keep tokens of their own")
 
 
-def refusal(site: Site, call: DecodeAttentionCall, number: int, settings: Settings) -> Reason | None:
+def refusal(call: DecodeAttentionCall, number: int, settings: Settings) -> Reason | None:
     """Return why a later part drops nothing, or None."""
     if settings.reselect_tokens == 0 or example(call.q).shape[2] < settings.reselect_tokens:
         return reasons.LATER_PART
     if example(call.positions).shape[1] != 1 or settings.groups != "layer":
         return HEADS
-    return left_alone(number, settings) or ranks.refusal(call.q, site.node, settings)
+    return left_alone(number, settings)
 
 
-def rewrite(marker: Node, site: Site, call: DecodeAttentionCall, budget: Node | None, settings: Settings) -> None:
-    """Put a selection in the place of the marker."""
-    before, others = site.node, [user for user in marker.users if not GatherTokensCall.matches(user)]
+def rewrite(site: Site, call: DecodeAttentionCall, numbers: tuple[int, ...], row: int, settings: Settings) -> None:
+    """Put a selection in the place of the marker of what is in memory."""
+    marker, before = site.later_part, site.node  # what the attention reads is there, and what is selected follows
+    assert marker is not None
+    others = [user for user in marker.users if not GatherTokensCall.matches(user)]
     used = (slice(None), slice(None), slice(None, insert_call(before, torch.ops.aten.sym_size.int, (marker, 2))))
     keys, values = (insert_call(before, operator.getitem, (x, used)) for x in (call.keys, call.values))
     places = insert_call(before, cached_positions, (call.positions, call.prompt_length, call.n))
-    shown = turns.in_memory(turns.newest_row(call.mask, settings, before), places, before)
-    chosen = turns.select(
-        call.q, keys, values, shown, call.scale, call.softcap, ranks.group_of(call.q, site.node), budget, settings,
-        before,
-    )  # fmt: skip
+    shown = later_part.in_memory(later_part.newest_row(call.mask, settings, before), places, before)
+    scores = later_part.scores_of(call.q, keys, shown, call.scale, call.softcap, settings, before)
+    budget = budget_of(before, call.q, numbers, row, settings)
+    chosen = best_of(scores, values, (settings.keep_recent, None), site.group, budget, settings, before).positions
     gathers = cache_layers.gathers(marker)
     for old in gathers:
         assert old.node is not None
@@ -77,15 +78,15 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     settings = with_counted_layers(settings, numbers)
     done: set[Node] = set()
     for row, site in enumerate(sites.decode, len(sites.prefill)):
-        if not site.rewritten or site.turn is None or site.turn in done or site.turn._erased:
+        if not site.rewritten or site.later_part is None or site.later_part in done:
             continue
-        done.add(site.turn)
-        call = DecodeAttentionCall.read(site.node)
-        site.note = refusal(site, call, numbers[row], settings)
-        if site.note is not None:
-            continue
+        done.add(site.later_part)  # others may read the same layer
         try:
-            with undone_on_error(graph):
-                rewrite(site.turn, site, call, budget_of(site.node, call.q, numbers, row, settings), settings)
+            call = DecodeAttentionCall.read(site.node)
+            site.group, unshared = ranks.shared_by(call.q, site.node, settings)
+            site.note = refusal(call, numbers[row], settings) or unshared
+            if site.note is None:
+                with undone_on_error(graph):
+                    rewrite(site, call, numbers, row, settings)
         except Exception as error:  # a fault of ours must not break the user's compile
             site.note = reasons.fault(error)
