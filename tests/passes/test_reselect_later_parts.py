@@ -8,6 +8,7 @@ from support.tiny_llava import step
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.passes import reselect_later_parts
 from zipvl_compile.passes.match import reasons
+from zipvl_compile.per_request import only_in
 from zipvl_compile.report.compile_report import collect
 
 PART = tiny_llama.prompt(160, seed=1)
@@ -51,3 +52,17 @@ def test_a_dense_layer_is_kept_whole():
 
 def test_nothing_is_said_where_nothing_should_be_dropped():
     assert second(evict="keep") == ([0, 0], [None, None])
+
+
+def test_layers_of_both_kinds_of_caches_have_budgets_of_their_own():
+    """The first layer holds every token of the first part, the second one half; of the later part only one selects."""
+    left = tiny_llama.compiled(keep_ratio=0.5, dense_layers=[0])
+    for selecting, expected in (([0], [180, 100 + 160]), ([1], [360, 130]), ([0, 1], [180, 130])):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            cache = cache_of(left(input_ids=tiny_llama.prompt(200), use_cache=True))
+            assert [layer.cached_length for layer in cache.layers] == [200, 100]
+            f = tiny_llama.compiled(keep_ratio=0.5)
+            with only_in(selecting):
+                step(f, PART, cache)
+        assert [layer.cached_length for layer in cache.layers] == expected

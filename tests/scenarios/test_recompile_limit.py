@@ -11,7 +11,7 @@ from support import tiny_llama
 
 import zipvl_compile.backend as module
 from zipvl_compile.cache import eager_fallback
-from zipvl_compile.cache.hf_names import cache_of
+from zipvl_compile.cache.hf_names import as_argument, cache_of
 
 OPTIONS = {"min_tokens": 0, "inner": "eager"}
 LIMIT = torch._dynamo.config.recompile_limit
@@ -85,14 +85,14 @@ def test_compiles_of_another_call_do_not_use_up_the_limit_before_the_first_of_th
 def past_the_limit(model, backend, **options):
     """Return a compiled function that calls the model, and that PyTorch compiles no more."""
 
-    def ask(x, name):  # compiles anew for every name
-        return model(input_ids=x, use_cache=True) if name else None
+    def ask(x, name, **cache):  # compiles anew for every name
+        return model(input_ids=x, use_cache=True, **cache) if name else None
 
     f = compiled(ask, backend, **options)
     with torch._dynamo.config.patch(recompile_limit=1):
         f(tiny_llama.prompt(2), "compiled")
         f(tiny_llama.prompt(2), "over the limit")
-    return lambda x: f(x, "anything")
+    return lambda x, **cache: f(x, "anything", **cache)
 
 
 @pytest.mark.parametrize("other", [("zipvl", {"tau": 1.0}), ("eager", {})], ids=["zipvl", "eager"])
@@ -107,6 +107,17 @@ def test_past_the_limit_a_prompt_does_not_run_by_the_options_of_another_call(oth
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         assert torch.equal(f(x).logits, out.logits)
+
+
+def test_past_the_limit_a_later_part_over_a_compacted_cache_runs_by_the_options_that_compacted_it():
+    """No dense code could read that cache."""
+    model = tiny_llama.model()
+    first, part = tiny_llama.prompt(200), tiny_llama.prompt(150, seed=1)
+    sparse = compiled(model, keep_ratio=0.5)
+    caches = [cache_of(sparse(input_ids=first, use_cache=True)) for _ in range(2)]
+    expected = sparse(input_ids=part, use_cache=True, **as_argument(caches[0]))
+    out = past_the_limit(model, "zipvl", tau=1.0)(part, **as_argument(caches[1]))
+    assert kept(out) == kept(expected) == 125 and torch.equal(out.logits, expected.logits)
 
 
 def test_past_the_limit_code_of_an_equal_call_is_used():

@@ -20,6 +20,7 @@ from zipvl_compile.report.costs import (
     multiply_adds,
     prefill_speedup,
 )
+from zipvl_compile.report.known_machines import known_machine
 
 SHAPE = AttentionShape(1, 8, 2, 64, 64, 128, 4)
 CPU = torch.device("cpu")
@@ -45,6 +46,26 @@ def test_lengths_are_rounded_so_that_noise_decides_nothing(known):
     length = least_tokens(ZipVLOptions(keep_ratio=0.367))(SHAPE, torch.float32, CPU)
     assert length in (512, 768, 1024)
     assert least_tokens(ZipVLOptions(keep_ratio=0.9))(SHAPE, torch.float32, CPU) > length
+
+
+def test_ranks_that_share_heads_decide_by_what_each_of_them_knows(monkeypatch):
+    """Not by what each measured: ranks that decide differently wait for each other for ever."""
+    monkeypatch.setattr(module, "machine", None)
+    shared = dataclasses.replace(SHAPE, shared=True)
+    length = least_tokens(ZipVLOptions(keep_ratio=0.367))(shared, torch.float32, CPU)
+    monkeypatch.setattr(module, "machine", lambda device, dtype: known_machine(device, dtype))
+    assert length == least_tokens(ZipVLOptions(keep_ratio=0.367))(SHAPE, torch.float32, CPU) < NEVER
+
+
+@pytest.mark.parametrize(("rows", "saves"), [(1, True), (0, False)])
+def test_nothing_is_saved_by_layers_that_no_token_may_pass(known, rows, saves):
+    """Where all logits are asked for, every token goes through every layer."""
+    explanation = zipvl_compile.explain(
+        model(), options={"inner": "eager", "policy": "skip_layers", "dense_layers": 0}, logits_to_keep=rows,
+        **inputs(text=20),
+    )  # fmt: skip
+    shapes = [row.shape for row in explanation.rows if row.kind == "prefill"]
+    assert shapes and any(shape.work > 0 for shape in shapes) == saves
 
 
 def test_a_tau_that_keeps_everything_costs_little(known):
