@@ -37,7 +37,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import erase_unread, insert_call, undone_on_error
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, size, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import SparseAttentionCall, WindowAttentionCall
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
@@ -47,8 +47,9 @@ from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.prefill.last_row import LAST, attend_last
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes, every_axis
-from zipvl_compile.passes.tokenwise.backward_slice import Axes, Cone
-from zipvl_compile.passes.tokenwise.row_select import Slice, size
+from zipvl_compile.passes.tokenwise.backward_slice import Cone
+from zipvl_compile.passes.tokenwise.joined_axes import Axes
+from zipvl_compile.passes.tokenwise.row_select import Slice, one_sample
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 
 
@@ -106,7 +107,7 @@ def rewrite(part: Part, sites: Sites) -> None:
     Raises:
         Mixes: other rows are needed, or rows are not known to be computed token by token.
     """
-    cone = computed_only_for(part.hidden, Axes(1), {part.reader})
+    cone = computed_only_for(part.hidden, Axes(1, None if one_sample(part.hidden) else 0), {part.reader})
     one = isinstance(part.index, int)
     index = slice(part.index, part.index + 1 or None) if one else part.index
     rows, reader = Slice(index), part.reader

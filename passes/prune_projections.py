@@ -36,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes import skip_layers
 from zipvl_compile.passes.demand_rows import narrow_query
-from zipvl_compile.passes.graph.graph import erase_unread, undone_on_error
+from zipvl_compile.passes.graph.graph import erase_unread, size, undone_on_error
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.op_calls import (
     GatherTokensCall,
@@ -57,7 +57,7 @@ from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise import forward_slice
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Cone
-from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, rows_of, size
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, kept_rows, rows_of
 from zipvl_compile.passes.tokenwise.row_values import ZERO
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, raise_rows
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from zipvl_compile.passes.demand_rows import Part, read_part
-from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.graph import insert_call, size
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, TokenPositionsCall
 from zipvl_compile.passes.graph.reading import (
     changed_in_place,
@@ -45,7 +45,7 @@ from zipvl_compile.passes.prefill.last_row import LAST
 from zipvl_compile.passes.prefill.refusals import number_of
 from zipvl_compile.passes.settings import Settings
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
-from zipvl_compile.passes.tokenwise.row_select import size, token_positions
+from zipvl_compile.passes.tokenwise.row_select import token_positions
 
 
 class Untold(Exception):

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import SymFloat, SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
@@ -51,6 +52,12 @@ def insert_call(
             node.meta[key] = before.meta[key]
     propagate(node)
     return node
+
+
+def size(x: Node, axis: int, before: Node) -> Any:
+    """Return a size of `x`: a number, or a node inserted before another where only the running graph knows it."""
+    known = example(x).shape[axis]
+    return known if isinstance(known, int) else insert_call(before, torch.ops.aten.sym_size.int, (x, axis))
 
 
 def is_call(node: Any, target: Callable[..., Any]) -> bool:

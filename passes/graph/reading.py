@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -148,3 +149,11 @@ def changed_in_place(node: Node) -> bool:
     Views of the same memory count wherever they come from: `node` may be one itself.
     """
     return any(x in written(user) and user > node for x in memory_of(node) for user in x.users)
+
+
+def product(sizes: Iterable[Any]) -> Any:
+    """Return the product of sizes: a number, or a symbol."""
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.graph import insert_call, size
 from zipvl_compile.passes.graph.op_calls import (
     DecodeAttentionCall,
     HidingRowsCall,
@@ -24,7 +24,6 @@ from zipvl_compile.passes.graph.op_calls import (
     WindowAttentionCall,
 )
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
-from zipvl_compile.passes.tokenwise.row_select import size
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 
 LAST = slice(-1, None, None)

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.op_kinds import Tokens
 from zipvl_compile.passes.graph.private import leaves
-from zipvl_compile.passes.graph.reading import example, holds_tensors, is_op, spelled
+from zipvl_compile.passes.graph.reading import example, holds_tensors, is_op, product, spelled
 
 FRESH = ("new_empty", "new_zeros", "new_ones")
 SIZED = ("view", "reshape", "expand", *FRESH)  # calls that name the sizes of their result
@@ -136,7 +136,7 @@ def _reshape(node: Node, axis: int, given: dict[str, Any]) -> Carried:
     old, new = example(source).shape, example(node).shape
     for place in range(len(old)):
         same = statically_known_true(old[place] == new[axis])
-        if same and statically_known_true(_product(old[:place]) == _product(new[:axis])):
+        if same and statically_known_true(product(old[:place]) == product(new[:axis])):
             return {source: place}
     raise Mixes(f"{spelled(node)!r} takes the token axis apart")
 
@@ -147,13 +147,6 @@ def _check_sizes(node: Node, given: dict[str, Any]) -> None:
         raise Mixes(f"{spelled(node)!r} does not name its sizes")
 
 
-def _product(sizes: Any) -> Any:
-    result: Any = 1
-    for size in sizes:
-        result = result * size
-    return result
-
-
 def same_rows(source: Node, count: int, node: Node) -> int:
     """Return how many leading axes of a reshaped tensor count the rows that `count` of `source` do.
 
@@ -162,8 +155,8 @@ def same_rows(source: Node, count: int, node: Node) -> int:
     """
     old, new = example(source).shape, example(node).shape
     for leading in range(len(new) + 1):
-        same = statically_known_true(_product(old[:count]) == _product(new[:leading]))
-        if same and statically_known_true(_product(old[count:]) == _product(new[leading:])):
+        same = statically_known_true(product(old[:count]) == product(new[:leading]))
+        if same and statically_known_true(product(old[count:]) == product(new[leading:])):
             return leading
     raise Mixes(f"{spelled(node)!r} takes rows apart")
 

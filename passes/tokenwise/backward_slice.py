@@ -15,6 +15,7 @@ and values of the kept tokens are computed from it (`TokenRows`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import erase_unread, propagate
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, propagate, size
 from zipvl_compile.passes.graph.reading import (
     arguments,
     changed_in_place,
@@ -35,15 +36,8 @@ from zipvl_compile.passes.graph.reading import (
     written,
 )
 from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned
+from zipvl_compile.passes.tokenwise.joined_axes import Axes, reshaped
 from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Where a tensor has its tokens and, if samples take different rows, its samples; below 0: it has no such axis."""
-
-    token: int
-    batch: int | None = None
 
 
 @dataclass
@@ -111,13 +105,25 @@ def _above(graph: Graph, targets: Iterable[Node]) -> set[Node]:
 def _inputs(node: Node, axes: Axes) -> dict[Node, Axes]:
     """Return the inputs that have tokens, each with its axes; one without samples of its own ends the cone."""
     _check_writes(node)
+    if (above := _across(node, axes)) is not None:
+        return above
     tokens = carried(node, axes.token)
     if axes.batch is None:
         return {x: Axes(token) for x, token in tokens.items()}
     if axes.batch < 0 or statically_known_true(example_size(node, axes.batch) == 1):
         raise Mixes(f"{spelled(node)!r} is the same for every sample")
     samples = carried(node, axes.batch)
-    return {x: Axes(a, samples[x] if x in samples else aligned(x, node, axes.batch)) for x, a in tokens.items()}
+    own = {x: samples[x] if x in samples else aligned(x, node, axes.batch) for x in tokens}
+    return {x: Axes(token, own[x], axes.samples) for x, token in tokens.items()}
+
+
+def _across(node: Node, axes: Axes) -> dict[Node, Axes] | None:
+    """Return the input of a call that joins or parts samples and tokens, or None."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or not holds_tensors(source):
+        return None
+    found = reshaped(node, example(node), axes, example(source))
+    return None if found is None else {source: found}
 
 
 def reads_size(user: Node) -> bool:
@@ -151,7 +157,7 @@ def copy_for_rows(nodes: dict[Node, Axes], rows: dict[Node, Node], count: Any, b
         with before.graph.inserting_before(before):
             new[node] = before.graph.node_copy(node, lambda x, known=known: known.get(x, x))  # type: ignore[misc]
         if node in nodes:
-            _resize(node, new[node], nodes[node].token, count)
+            _resize(node, new[node], nodes[node], count)
         try:
             propagate(new[node])
         except Exception as error:
@@ -176,7 +182,7 @@ def sizes_of(*tensors: Iterable[Node]) -> set[Node]:
     return read
 
 
-def _resize(node: Node, copy: Node, axis: int, count: Any) -> None:
+def _resize(node: Node, copy: Node, axes: Axes, count: Any) -> None:
     """Put `count` in the place of the number of tokens among the sizes that a call names."""
     if not is_op(node, *SIZED):
         return
@@ -186,8 +192,19 @@ def _resize(node: Node, copy: Node, axis: int, count: Any) -> None:
     shape = example(node).shape
     # A -1 would have to be derived from `count`, which nobody may know before the graph runs.
     sizes = [shape[i] if size == -1 and isinstance(shape[i], int) else size for i, size in enumerate(sizes)]
-    sizes[axis] = count
+    sizes[axes.token] = _of_all_samples(node, copy, axes, count) if axes.joined else count
     copy.args = (first, tuple(sizes)) if nested else (first, *sizes)
+
+
+def _of_all_samples(node: Node, copy: Node, axes: Axes, count: Any) -> Any:
+    """Return how many tokens all samples have together, where a call names it: a number, or a node before the copy."""
+    source, first = node.args[0], copy.args[0]
+    own = _inputs(node, axes).get(source) if isinstance(source, Node) else None
+    if own is None or own.batch is None or not isinstance(first, Node):
+        raise Mixes(f"{spelled(node)!r} names how many tokens all samples have")
+    if own.joined:
+        return size(first, own.token, copy)
+    return insert_call(copy, operator.mul, (size(first, own.batch, copy), count))
 
 
 class TokenRows:

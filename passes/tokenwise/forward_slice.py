@@ -14,13 +14,14 @@ copies again, as long as it reads nothing that differs from token to token.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace
+from zipvl_compile.passes.graph.graph import erase_unread, insert_call, replace, size
 from zipvl_compile.passes.graph.reading import (
     changed_in_place,
     example,
@@ -32,8 +33,9 @@ from zipvl_compile.passes.graph.reading import (
 )
 from zipvl_compile.passes.tokenwise import row_values
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.backward_slice import Axes, copy_for_rows, multiplies, reads_size
-from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, size
+from zipvl_compile.passes.tokenwise.backward_slice import copy_for_rows, multiplies, reads_size
+from zipvl_compile.passes.tokenwise.joined_axes import Axes, reshaped
+from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
 from zipvl_compile.passes.tokenwise.row_values import ZERO, Interval
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
@@ -122,7 +124,11 @@ class Below:
         users = [user for user in node.users if user not in self.nodes]
         if not users:
             return
+        if axes.joined:
+            tokens = insert_call(node, operator.mul, (size(rows.index, 0, node), tokens))
         sizes = [tokens if i == axes.token else size(kept, i, node) for i in range(example(node).dim())]
+        if axes.joined and not zero:  # all samples have the same row
+            other = insert_call(node, operator.getitem, (other, (*[slice(None)] * axes.token, slice(1))))
         if zero:
             base = insert_call(node, torch.ops.aten.new_zeros.default, (kept, sizes))
         else:
@@ -171,12 +177,19 @@ def follow(node: Node, known: dict[Node, Axes], autocast: set[Node]) -> tuple[Ax
     if changed_in_place(node) or any(holds_tensors(x) and changed_in_place(x) for x in node.all_input_nodes):
         raise Mixes(f"the result of {spelled(node)!r} is changed in place")
     given = {x: known[x] for x in read_by_value(node) if x in known}
+    if len(given) == 1:
+        ((x, above),) = given.items()
+        if (found := reshaped(node, example(x), above, example(node))) is not None:
+            return found, {}
     token = axis_below(node, {x: axes.token for x, axes in given.items()})
     batch, samples = None, {}
     if all(axes.batch is not None for axes in given.values()):
         batch = axis_below(node, {x: axes.batch for x, axes in given.items() if axes.batch is not None})
         samples = carried(node, batch)
-    return Axes(token, batch), {x: Axes(a, samples.get(x)) for x, a in carried(node, token).items() if x not in given}
+    count = next((axes.samples for axes in given.values()), None)
+    return Axes(token, batch, count), {
+        x: Axes(a, samples.get(x), count) for x, a in carried(node, token).items() if x not in given
+    }
 
 
 def find(start: Node, axes: Axes, held: bool = False) -> Below:

@@ -15,18 +15,13 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.graph import insert_call, size
 from zipvl_compile.passes.graph.op_calls import TokenPositionsCall
-from zipvl_compile.passes.graph.reading import example
-from zipvl_compile.passes.tokenwise.backward_slice import Axes
+from zipvl_compile.passes.graph.reading import example, spelled
+from zipvl_compile.passes.tokenwise.axis_rules import Mixes
+from zipvl_compile.passes.tokenwise.joined_axes import Axes
 
 _ALL = slice(None)
-
-
-def size(x: Node, axis: int, before: Node) -> Any:
-    """Return a size of `x`: a number, or a node inserted before another where only the running graph knows it."""
-    known = example(x).shape[axis]
-    return known if isinstance(known, int) else insert_call(before, torch.ops.aten.sym_size.int, (x, axis))
 
 
 @dataclass(frozen=True)
@@ -77,6 +72,8 @@ class OfEachSample(_Rows):
 
     def _take(self, x: Node, axes: Axes, before: Node) -> Node:
         assert axes.batch is not None
+        if axes.joined:
+            return insert_call(before, torch.index_select, (x, axes.token, self._of_all(x, axes, before)))
         missing = max(-axes.batch, 0)
         if missing:
             x = insert_call(before, operator.getitem, (x, (*[None] * missing, Ellipsis)))
@@ -93,9 +90,20 @@ class OfEachSample(_Rows):
 
     def _put(self, rows: Node, axes: Axes, base: Node, before: Node) -> Node:
         assert axes.batch is not None
+        if axes.joined:
+            return insert_call(before, torch.index_copy, (base, axes.token, self._of_all(base, axes, before), rows))
         index = self._spread(example(rows).dim(), axes.token, axes.batch, before)
         index = insert_call(before, torch.ops.aten.expand_as.default, (index, rows))
         return insert_call(before, torch.scatter, (base, axes.token, index, rows))
+
+    def _of_all(self, x: Node, axes: Axes, before: Node) -> Node:
+        """Return the rows of all samples `[B P]` where `x` has their tokens one sample after the other."""
+        samples = size(self.index, 0, before)
+        tokens = insert_call(before, operator.floordiv, (size(x, axes.token, before), samples))
+        ones = insert_call(before, torch.ops.aten.new_ones.default, (self.index, (samples, 1)))
+        numbers = insert_call(before, operator.sub, (insert_call(before, torch.cumsum, (ones, 0)), 1))
+        starts = insert_call(before, operator.mul, (numbers, tokens))
+        return insert_call(before, torch.flatten, (insert_call(before, torch.add, (self.index, starts)),))
 
     def _spread(self, axes: int, token: int, batch: int, before: Node) -> Node:
         index = self.index if batch < token else insert_call(before, torch.transpose, (self.index, 0, 1))
@@ -110,7 +118,13 @@ class Slice:
     index: Any
 
     def take(self, x: Node, axes: Axes, before: Node) -> Node:
-        """Return the rows of `x`, inserted before a node."""
+        """Return the rows of `x`, inserted before a node.
+
+        Raises:
+            Mixes: `x` has the tokens of all samples on one axis.
+        """
+        if axes.joined:
+            raise Mixes(f"{spelled(x)!r} has the tokens of all samples on one axis")
         return insert_call(before, operator.getitem, (x, (*[_ALL] * axes.token, self.index)))
 
 

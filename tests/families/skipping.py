@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from support.tiny_models import FAMILIES, compiled, inputs, model
 from torch import Tensor, nn
+from transformers import Cache
 
 import zipvl_compile
 from zipvl_compile.report.compile_report import collect
@@ -25,9 +26,9 @@ def generate(f: Any, x: dict) -> Any:
     return f.generate(**x, **options)
 
 
-def first_logits(family: str, **options: Any) -> tuple[Tensor, Tensor, list[str | None]]:
+def first_logits(family: str, batch: int = 1, **options: Any) -> tuple[Tensor, Tensor, list[str | None]]:
     """Return the logits after the prompt, compiled and written out, and why layers are not skipped, by site."""
-    x = inputs(family)
+    x = inputs(family, batch)
     with collect() as reports:
         out = generate(compiled(family, **SKIPPING, **options), x)
     pruned = [one for report in reports for one in report.pruned]
@@ -47,7 +48,7 @@ def first_logits(family: str, **options: Any) -> tuple[Tensor, Tensor, list[str 
 
 
 def _run_on(layer: nn.Module, kept: Tensor) -> None:
-    """Have a layer see the tokens `kept [1, P]` of a prompt only, and give the others back as they came."""
+    """Have a layer see the tokens `kept [B, P]` of its prompts only, and give the others back as they came."""
     of_all = layer.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,30 +56,39 @@ def _run_on(layer: nn.Module, kept: Tensor) -> None:
         if n == 1:  # decoding
             return of_all(hidden, *args, **kwargs)
 
-        def take(x: Any) -> Any:
+        def take(x: Any, sample: int) -> Any:
             if isinstance(x, (tuple, list)):
-                return type(x)(map(take, x))
+                return type(x)(take(one, sample) for one in x)
+            if isinstance(x, Cache) and kept.shape[0] > 1:
+                return None  # which would take samples for parts of one prompt
             if not isinstance(x, Tensor):
                 return x
+            if x.dim() and x.shape[0] == kept.shape[0]:
+                x = x[sample : sample + 1]
             for axis in range(x.dim()):
                 if x.shape[axis] == n:
-                    x = x.index_select(axis, kept[0])
+                    x = x.index_select(axis, kept[sample])
             return x
 
-        out = of_all(take(hidden), *map(take, args), **{name: take(x) for name, x in kwargs.items()})
-        rows = out[0] if isinstance(out, tuple) else out
-        full = hidden.index_copy(1, kept[0], rows)
+        def of_one(sample: int) -> tuple[Tensor, Any]:
+            given = [take(x, sample) for x in (hidden, *args)]
+            out = of_all(*given, **{name: take(x, sample) for name, x in kwargs.items()})
+            rows = out[0] if isinstance(out, tuple) else out
+            return hidden[sample : sample + 1].index_copy(1, kept[sample], rows), out
+
+        each = [of_one(sample) for sample in range(kept.shape[0])]
+        full, out = torch.cat([rows for rows, _ in each]), each[0][1]
         return (full, *out[1:]) if isinstance(out, tuple) else full
 
     layer.forward = forward  # type: ignore[method-assign]
 
 
-def run(family: str, **options: Any) -> tuple[float, float, list[str | None]]:
+def run(family: str, batch: int = 1, **options: Any) -> tuple[float, float, list[str | None]]:
     """Return the largest difference of the logits, of compiled to written out and to dense, and why layers are not
     skipped, by attention; a model that forbids some tokens gives them logits that are no numbers of its own."""
     torch._dynamo.reset()
-    got, expected, reasons = first_logits(family, **options)
-    dense = generate(model(family), inputs(family)).logits[0]
+    got, expected, reasons = first_logits(family, batch, **options)
+    dense = generate(model(family), inputs(family, batch)).logits[0]
     allowed = expected.abs() < 1e6
     size = expected[allowed].abs().max()
     return *(float((got - other)[allowed].abs().max() / size) for other in (expected, dense)), reasons

@@ -31,6 +31,17 @@ def test_tokens_pass_the_layers_of_a_family(family):
     check(family)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl_moe"])
+def test_tokens_of_several_samples_pass_the_layers_of_a_family(family):
+    check(family, batch=3)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("family", [one for one in OTHERS if "moe" in one or one in ("mistral4", "aria")])
+def test_tokens_of_several_samples_pass_mixtures_of_experts_of_every_family(family):
+    check(family, batch=2)
+
+
 @pytest.mark.models
 @pytest.mark.parametrize("family", OTHERS)
 def test_tokens_pass_the_layers_of_every_family(family):

@@ -89,6 +89,12 @@ FOLLOWING = {
     "post norm that casts back": {"projected": lambda x: NORM(x * 2).type_as(x)},
     "layer norm": {"projected": lambda x: F.layer_norm(x, (WIDTH,), bias=torch.ones(WIDTH, dtype=x.dtype))},
     "constant": {"projected": lambda x: torch.cos(x) + 2.0},
+    "flattened": {"projected": lambda x: NORM(x.reshape(-1, WIDTH)).view(x.shape)},
+    "flattened and bias": {"projected": lambda x: torch.cos(x.flatten(0, 1)).view(x.shape) + 2.0},
+    "left flattened": {
+        "projected": lambda x: x.view(-1, WIDTH).cos(),
+        "residual": lambda x, a: (x.view(-1, WIDTH) + a).view(x.shape),
+    },
     "dropout at rest": {"projected": lambda x: F.dropout(x, 0.5, training=False)},
 }
 
@@ -97,7 +103,7 @@ FOLLOWING = {
 @pytest.mark.parametrize("form", FOLLOWING)
 def test_rows_of_tokens_without_attention_are_exact(record, form, batch):
     graph, recorder = both(record, Stack(layers=1, **FOLLOWING[form]), hidden_states(batch=batch), **RATIO)
-    assert recorder.pruned[0].parts == ALL
+    assert recorder.pruned[0].parts == ALL, recorder.pruned[0]
     assert P in widths(graph)["o"] and N not in widths(graph)["o"]
 
 

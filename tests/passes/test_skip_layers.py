@@ -53,6 +53,16 @@ def routed(x, a, mlp):
     return x + a + mixture((x + a).view(-1, WIDTH), *WEIGHTS).view(x.shape[0], x.shape[1], WIDTH)
 
 
+def shared(rows):
+    """An expert of every token, with a gate for each."""
+    return F.linear(F.silu(rows), EXPERTS[0]) * F.linear(rows, ROUTER.T[:1]).sigmoid()
+
+
+def flattened(function):
+    """Apply a function to the tokens of all samples in a row."""
+    return lambda x: function(x.reshape(-1, WIDTH)).view(x.shape)
+
+
 LAYERS = {
     "sequential": {},
     "fused, bias": {"fused": True, "bias": True},
@@ -66,8 +76,10 @@ LAYERS = {
     "gated branches": {"joined": lambda x, a, mlp: (x + a * torch.tanh(SCALE)) + torch.sigmoid(x) * mlp(x + a)},
     "several experts": {"joined": experts},
     "bias rows": {"bias": True, "projected": lambda x: torch.cos(x) + 2.0},
+    "routed experts": {"joined": routed},
+    "routed and shared experts": {"joined": lambda x, a, mlp: routed(x, a, mlp) + flattened(shared)(x + a)},
+    "projections of all samples at once": {"projected": lambda x: flattened(NORM)(x), "bias": True},
 }
-ONE_SAMPLE = LAYERS | {"routed experts": {"joined": routed}}
 
 
 def halved(x, a, mlp):
@@ -101,27 +113,24 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize(("form", "batch"), [(form, 1) for form in ONE_SAMPLE] + [(form, 2) for form in LAYERS])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", LAYERS)
 def test_tokens_that_are_not_kept_pass_every_form_of_a_layer(record, form, batch):
-    recorder = skipping(record, Stack(**ONE_SAMPLE[form]), hidden_states(batch=batch), **RATIO)
+    recorder = skipping(record, Stack(**LAYERS[form]), hidden_states(batch=batch), **RATIO)
     assert [pruning.skipped for pruning in recorder.pruned] == ["", ""]
     found = widths(recorder.graphs[0])
     assert found["o"] == [P, P] and set(found.get("up", [P])) == {P}
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [(), (1,), (0, 1)], ids=["static", "any length", "any batch"])
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
-def test_tokens_are_routed_for_a_number_that_depends_on_data(record, inner, dynamic):
-    options, x = {"inner": inner, "tau": 0.6}, hidden_states()
-    if dynamic:
-        torch._dynamo.mark_dynamic(x, 1)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_routed_for_a_number_that_depends_on_data(record, inner, dynamic, batch):
+    options, x = {"inner": inner, "tau": 0.6}, hidden_states(batch=batch)
+    for axis in dynamic[batch == 1 :] if len(dynamic) > 1 else dynamic:
+        torch._dynamo.mark_dynamic(x, axis)
     recorder = skipping(record, Stack(joined=routed), x, **options)
     assert [pruning.skipped for pruning in recorder.pruned] == ["", ""]
-
-
-def test_samples_that_are_routed_together_are_not_told_apart(record):
-    _, recorder = record(Stack(joined=routed), hidden_states(batch=2), prune=True, skip="layer", **RATIO)
-    assert all("takes the token axis apart" in pruning.skipped for pruning in recorder.pruned)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -157,13 +166,13 @@ def test_layers_that_take_the_selection_of_another_need_no_other_keys(record, ev
 @pytest.mark.parametrize("form", ["sequential", "parallel", "several experts", "routed experts"])
 def test_what_a_token_saves_that_passes(record, form):
     """The output projection, and the MLP: of one linear, or of a router and three experts, or two of four."""
-    _, recorder = record(Stack(**ONE_SAMPLE[form]), hidden_states(), prune=True, skip="layer", **RATIO)
+    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, skip="layer", **RATIO)
     (first, second) = recorder.sites[0].prefill
     mlp = {"several experts": 3 * WIDTH + 3 * WIDTH * WIDTH, "routed experts": 4 * WIDTH + 2 * 3 * WIDTH * WIDTH}
     mlp = mlp.get(form, WIDTH * WIDTH)
     assert first.shape.work == second.shape.work == WIDTH * WIDTH + mlp
     torch._dynamo.reset()
-    _, recorder = record(Stack(**ONE_SAMPLE[form]), hidden_states(), prune=True, **RATIO)
+    _, recorder = record(Stack(**LAYERS[form]), hidden_states(), prune=True, **RATIO)
     assert recorder.sites[0].prefill[0].shape.work == 0, "none passes"
 
 
