@@ -1,4 +1,4 @@
-"""Write the tables of README.md and the plot from the results files: `python benchmarks/tables.py`."""
+"""Write the tables of README.md and docs/speed.md, and the plot, from the results files: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
@@ -269,18 +269,24 @@ def gpu() -> str:
     return "\n".join([*table, "", f"keep_ratio 0.367; 40 heads, head_dim 128. {source(rows)}"])
 
 
+TABLES = {
+    "speed": speed, "never_slower": never_slower, "compile_time": compile_time, "frontier": frontier, "gpu": gpu,
+    "rules": rules, "skipped_layers": skipped_layers, "pictures": pictures, "demo": demo,
+}  # fmt: skip
+PAGES = ("README.md", "docs/speed.md")
+
+
 def render(text: str) -> str:
-    """Return the README with its tables replaced."""
-    for name, table in (
-        ("speed", speed), ("never_slower", never_slower), ("compile_time", compile_time), ("frontier", frontier),
-        ("gpu", gpu), ("rules", rules), ("skipped_layers", skipped_layers), ("pictures", pictures), ("demo", demo),
-    ):  # fmt: skip
-        block = f"<!-- {name} -->\n{table()}\n<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-    return text
+    """Return a page with its tables replaced."""
+    return re.sub(
+        r"<!-- (\w+) -->\n.*?<!-- end -->",
+        lambda found: f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->",
+        text,
+        flags=re.S,
+    )
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(render((ROOT / page).read_text()))
     draw()
