@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/speed.md, and the plot, from the results files: `python benchmarks/tables.py`."""
+"""Write the tables of README.md and docs/speed.md, and the plot: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
