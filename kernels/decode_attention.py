@@ -70,15 +70,43 @@ def _decode_torch(
     out = _empty_output(q, values)
     if out.numel() == 0:
         return out
-    if mask is None:
-        # Every new token sees the whole cache, so the queries of one KV head can share one pass over it.
+    bias = None
+    if mask is not None:
+        where = cached_positions(positions, prompt_length, n)
+        bias = take(
+            mask, batch, None, where if where.shape[1] == 1 else per_head(where, heads)
+        )  # [B, 1 or Hq, m, length]
+    if bias is None or bias.shape[1:3] == (1, 1):
+        # All queries of one KV head see the same tokens, so that they can share one pass over them.
         packed = q.reshape(batch, kv_heads, heads // kv_heads * m, q.shape[3])
-        result = dense_attention(packed, k, v, None, False, scale, softcap)
+        result = dense_attention(packed, k, v, bias, False, scale, softcap)
         return out.copy_(result.reshape(batch, heads, m, v.shape[3]))
-    where = cached_positions(positions, prompt_length, n)
-    where = where if where.shape[1] == 1 else per_head(where, heads)
-    bias = take(mask, batch, None, where)  # [B, 1 or Hq, m, length]
     return out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
+
+
+def _over_all_rows(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: torch.Tensor, held: torch.Tensor,
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attend where only the device knows how many rows are in use: PyTorch's operations, which are traced one by one.
+
+    `where` says of every row where it stands, `[B, G, C]`; rows to come are finite, and hidden.
+    """
+    (batch, heads, m, width), kv_heads = q.shape, keys.shape[1]
+    factor, groups = heads // kv_heads, where.shape[1]
+    shown = (torch.arange(keys.shape[2], device=q.device) < held).expand(batch, 1, 1, -1)  # [B, 1, 1, C]
+    if mask is not None:
+        where = where if groups == 1 or mask.shape[1] == 1 else per_head(where, heads)
+        bias = take(mask, batch, None, where.clamp(max=mask.shape[3] - 1))  # a bucket may have more rows than tokens
+        hidden = float("-inf")
+        shown = bias & shown if bias.dtype == torch.bool else bias.masked_fill(~shown, hidden)  # [B, 1, G or Hq, ..]
+        if shown.shape[1] == heads and heads > kv_heads:
+            shown = shown.expand(-1, -1, m, -1).reshape(batch, kv_heads, factor * m, -1)
+        elif shown.shape[2] > 1:
+            shown = shown.repeat(1, 1, factor, 1)
+    packed = q.reshape(batch, kv_heads, factor * m, width)
+    out = dense_attention(packed, keys, values, shown, False, scale, softcap).reshape(batch, heads, m, values.shape[3])
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @_decode_torch.register_fake
@@ -88,15 +116,18 @@ def _(q, keys, values, positions, prompt_length, n, mask, scale, softcap):
 
 @triton.jit
 def _decode_kernel(
-    q, keys, values, positions, mask, partial, tops, totals, P, prompt_length, length, part, m, scale, softcap,
+    q, keys, values, positions, mask, partial, tops, totals, held, P, prompt_length, length, part, m, scale, softcap,
     hidden_below, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mq, stride_mk, D, DV,
     KV_HEADS: tl.constexpr, FACTOR: tl.constexpr, GROUPS: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr,
     ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of (head, new token) rows over one part of the cached keys."""
     split = tl.program_id(0)
+    if HELD:  # a number that only the device knows
+        length = tl.load(held).to(tl.int32)
+        part = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), BLOCK_N) * BLOCK_N
     b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
     r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = r < FACTOR * m
@@ -166,9 +197,14 @@ def _join_kernel(
 @torch.library.triton_op("zipvl::decode_attention", mutates_args=())
 def _decode_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
-    mask: torch.Tensor | None, scale: float | None, softcap: float | None, kernel_: str = "auto",
+    mask: torch.Tensor | None, scale: float | None, softcap: float | None, held: torch.Tensor | None = None,
+    kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     if not use_triton("decode_attention", kernel_, q, keys, values):
+        if held is not None:
+            if not is_traced(q):
+                _check(q, keys, values, positions, prompt_length, n, mask)
+            return _over_all_rows(q, keys, values, positions, held, mask, scale, softcap)
         arguments = (q, keys, values, positions, prompt_length, n, mask, scale, softcap)
         return torch.ops.zipvl.decode_attention_torch(*arguments)
     if not is_traced(q):
@@ -176,7 +212,7 @@ def _decode_attention(
     q, keys, values = (tiles.unit_stride(x) for x in (q, keys, values))
     positions = positions.contiguous()
     (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
-    length = positions.shape[2] + n - prompt_length
+    length = positions.shape[2] + n - prompt_length  # all rows, where the device knows how many there are
     rows = heads // kv_heads * m
     block_d, block_dv = tiles.head_blocks(width), tiles.head_blocks(width_v)
     row_bytes = max(block_d, block_dv) * q.element_size()
@@ -188,12 +224,13 @@ def _decode_attention(
     tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
     out = _empty_output(q, values)
     launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
-        q, keys, values, positions, partial=partial, tops=tops, totals=totals, P=positions.shape[2],
+        q, keys, values, positions, partial=partial, tops=tops, totals=totals,
+        held=q if held is None else held, P=positions.shape[2],
         prompt_length=prompt_length, length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale,
         softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width,
         DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
-        BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
-        num_stages=tiles.pipelined(3),
+        BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, HELD=held is not None,
+        num_warps=4, num_stages=tiles.pipelined(3),
     )  # fmt: skip
     launchable(_join_kernel, q)[(batch * heads * m,)](
         partial, tops, totals, out, splits, m, **tiles.strides(o=out), DV=width_v,
@@ -213,6 +250,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    held: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Attend from new tokens to the compacted cache, whose last tokens they are.
@@ -226,6 +264,8 @@ def decode_attention(
         mask: over the logical length, bool or additive float, `[B or 1, Hq or 1, m or 1, n]`; None shows everything.
         scale: of the scores; None is `D ** -0.5`.
         softcap: of the scaled scores; None is none.
+        held: int64 `[]` on the device, how many tokens the buffers hold; `positions` then says where each row of them
+            stands, `[B, G, capacity]`, `n` is how many columns a mask has, and `prompt_length` is the same number.
         kernel: "auto", "triton" or "torch", see `dispatch.use_triton`.
 
     Returns:
@@ -236,4 +276,6 @@ def decode_attention(
 
     Source: ZipVL (arXiv 2410.08584), decoding over the compacted KV cache.
     """
-    return torch.ops.zipvl.decode_attention(q, keys, values, positions, prompt_length, n, mask, scale, softcap, kernel)
+    return torch.ops.zipvl.decode_attention(
+        q, keys, values, positions, prompt_length, n, mask, scale, softcap, held, kernel
+    )

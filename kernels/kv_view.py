@@ -18,18 +18,27 @@ UNREADABLE = (
 
 
 @torch.library.custom_op("zipvl::kv_view", mutates_args=())
-def _kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
+def _kv_view(
+    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None
+) -> torch.Tensor:
+    if held is not None:
+        stands = int(positions[0, 0, int(held) - 1])
+        if stands != int(held) - 1:
+            raise RuntimeError(UNREADABLE.format(why=f"It holds {int(held)} of {stands + 1} tokens."))
+        return buffer[:, :, :n].clone()
     if positions.shape[2] != prompt_length:
         raise RuntimeError(UNREADABLE.format(why=f"It holds {positions.shape[2]} of {prompt_length} prompt tokens."))
     return buffer[:, :, :n].clone()
 
 
 @_kv_view.register_fake
-def _(buffer, positions, prompt_length, n):
+def _(buffer, positions, prompt_length, n, held=None):
     return buffer.new_empty(buffer.shape[0], buffer.shape[1], n, buffer.shape[3])
 
 
-def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
+def kv_view(
+    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return a cache buffer at its logical length.
 
     Args:
@@ -37,6 +46,8 @@ def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n
         positions: int64 `[B, G, P]`, where the kept prompt tokens stood.
         prompt_length: in tokens.
         n: logical length, prompt and later tokens.
+        held: int64 `[]`, how many tokens the buffer holds, where only the device knows it; `positions` is then of every
+            row, `[B, G, capacity]`, and `n` and `prompt_length` are the most tokens that there may be.
 
     Returns:
         `[B, Hkv, n, D]`, a copy.
@@ -44,4 +55,4 @@ def kv_view(buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n
     Raises:
         RuntimeError: tokens were dropped, so that no tensor of that length exists.
     """
-    return torch.ops.zipvl.kv_view(buffer, positions, prompt_length, n)
+    return torch.ops.zipvl.kv_view(buffer, positions, prompt_length, n, held)

@@ -9,6 +9,7 @@ import torch
 OPERATORS = (
     "append_tokens",
     "decode_attention",
+    "fixed_rows",
     "gather_tokens",
     "held_rows",
     "hiding_rows",

@@ -57,6 +57,7 @@ def plain_layers(graph: Graph, gathers: list[GatherTokensCall]) -> set[Node]:
         for call in TokenPositionsCall.all(graph)
         if call.node is not None
         and cache_layers.only_cached(call.node)
+        and not cache_layers.of_fixed_size(call.node)
         and (stored := cache_layers.gathers(call.node))
         and all(gather.node in taken for gather in stored)
         and example(call.k).shape[2] < LEAST

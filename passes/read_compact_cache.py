@@ -11,6 +11,8 @@ After:
     append_tokens(key_buffer, value_buffer, k, v, at)
     out = decode_attention(q, key_buffer, value_buffer, positions, prompt_length, n, mask, scale, softcap)
 
+A static cache is read alike; how many tokens it holds is a tensor there, `held`, and n the most that there may be.
+
 Where the cache holds latents (MLA), keys and values are computed again from the latents in memory:
 
     k, v = expand(kv_view(latents, ...))      becomes      k, v = expand(latents[:, :, : cached tokens])
@@ -24,10 +26,9 @@ import operator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, undone_on_error
+from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, size, undone_on_error
 from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, KVViewCall
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import four_axes
@@ -61,7 +62,7 @@ def rewrite(attention: Attention) -> Node:
     call = DecodeAttentionCall(
         q=attention.query, keys=views[0].buffer, values=views[-1].buffer, positions=views[0].positions,
         prompt_length=views[0].prompt_length, n=views[0].n, scale=attention.scale, softcap=attention.softcap,
-        mask=attention.mask and four_axes(attention.mask, attention.node, attention.mask_hides),
+        mask=attention.mask and four_axes(attention.mask, attention.node, attention.mask_hides), held=views[0].held,
     )  # fmt: skip
     latents = None
     if not KVViewCall.matches(attention.key):
@@ -83,9 +84,10 @@ def rewrite(attention: Attention) -> Node:
 def _computed_again(latents: Cone, attention: Attention, view: KVViewCall) -> list[Node]:
     """Compute keys and values from the latents in memory instead of those of every logical token."""
     before = attention.node
-    kept = insert_call(before, torch.ops.aten.sym_size.int, (view.positions, 2))
-    later = insert_call(before, operator.sub, (view.n, view.prompt_length))
-    count: Any = insert_call(before, operator.add, (kept, later))
+    count: Any = size(view.positions, 2, before)  # all rows of the buffers, where only the device knows better
+    if view.held is None:
+        later = insert_call(before, operator.sub, (view.n, view.prompt_length))
+        count = insert_call(before, operator.add, (count, later))
     everything = (slice(None), slice(None), slice(None, count))
     rows = {
         source: insert_call(before, operator.getitem, (KVViewCall.read(source).buffer, everything))

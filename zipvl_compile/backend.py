@@ -10,13 +10,14 @@ import functools
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
+from zipvl_compile.cache import compact_static_layer as _static_kv_cache  # noqa: F401  (as above)
 from zipvl_compile.dynamo import (
     PAST_THE_LIMIT,
     allow_data_dependent_sizes,
@@ -25,14 +26,17 @@ from zipvl_compile.dynamo import (
     compile_with_inductor,
     gradient_switches,
     leave_uncompiled,
+    mark_address_as_fixed,
     mark_size_as_changing,
     raise_recompile_limit,
     zipvl_backend,
 )
 from zipvl_compile.gradients import gradients_matter
+from zipvl_compile.kernels.fixed_rows import into_bucket
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
+from zipvl_compile.passes.graph.op_calls import KVViewCall
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.prefill.selection import BUDGET, LAYERS
 from zipvl_compile.per_request import budget_of_call, check_can_change
@@ -83,12 +87,13 @@ def zipvl(
     gm.graph = done.graph
     record(done)
     gm.recompile()
-    cached, chosen = _cache_outputs(gm), _outputs_of(gm, ops.select_tokens)
+    fixed = _take_marks_of_size(gm)
+    cached, chosen = sorted({*_cache_outputs(gm)} - {*fixed}), _outputs_of(gm, ops.select_tokens)
     chooses = bool(calls(gm.graph, ops.select_tokens))
     fresh = chooses and not calls(dense.graph, ops.kv_view)  # else it reads a compacted cache, which no dense code can
     budget = gm.graph.find_nodes(op="placeholder", target=BUDGET)
     with torch.no_grad():
-        compiled = _compile(gm, [*example_inputs, *map(example, budget)], parsed)
+        compiled = _compile(gm, [*example_inputs, *map(example, budget)], parsed, _keeps_its_sizes(dense.graph))
     backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
@@ -105,7 +110,7 @@ def zipvl(
             _say_what_is_kept([outputs[index] for index in chosen])
         for index in cached:
             mark_size_as_changing(outputs[index], 2)
-        return outputs
+        return _with_fixed_sizes(outputs, fixed) if fixed else outputs
 
     return run
 
@@ -141,6 +146,25 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
                        torch.take_along_dim)  # fmt: skip
 
 
+def _take_marks_of_size(gm: GraphModule) -> list[int]:
+    """Return which outputs of a graph are tensors of a static cache, and erase their marks."""
+    marked = _outputs_of(gm, ops.fixed_rows)
+    for node in calls(gm.graph, ops.fixed_rows):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return marked
+
+
+def _with_fixed_sizes(outputs: Sequence[Any], fixed: list[int]) -> list[Any]:
+    """Return outputs of a prompt, those of static caches with the sizes that decoding finds from now on."""
+    outputs = list(outputs)
+    for index in fixed:
+        outputs[index] = into_bucket(outputs[index])
+        mark_address_as_fixed(outputs[index])
+    return outputs
+
+
 def _outputs_of(gm: GraphModule, *kinds: Any) -> list[int]:
     """Return which outputs of a graph are results of these operators."""
     outputs = gm.graph.output_node().args[0]
@@ -158,10 +182,21 @@ def _say_what_is_kept(positions: list[torch.Tensor]) -> None:
     )  # fmt: skip
 
 
-def _compile(gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions) -> Callable[..., Any]:
-    """Hand the rewritten graph to the inner compiler."""
+def _keeps_its_sizes(graph: Graph) -> bool:
+    """Return whether a graph is worth recording as a CUDA graph: it neither reads a prompt nor a cache that grows.
+
+    A prompt has another length every time, and its cache outlives the memory that a recorded graph gives its results.
+    """
+    grows = any(call.held is None for call in KVViewCall.all(graph))
+    return not grows and not calls(graph, ops.token_positions)
+
+
+def _compile(
+    gm: GraphModule, example_inputs: list[Any], options: ZipVLOptions, records: bool = True
+) -> Callable[..., Any]:
+    """Hand the rewritten graph to the inner compiler; `records`: it may become a CUDA graph."""
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
         return compile_with_aot_eager(gm, example_inputs)
-    return compile_with_inductor(gm, example_inputs, options.mode)
+    return compile_with_inductor(gm, example_inputs, options.mode, records)

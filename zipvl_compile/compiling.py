@@ -130,6 +130,25 @@ def uncompiled_generate() -> str | None:
     )
 
 
+def generates_for_zipvl() -> bool:
+    """Return whether a `generate` is running whose model is compiled for zipvl, in place."""
+    return any(in_place_for_zipvl(model) for model in _generating())
+
+
+def length_asked_of_generate() -> int | None:
+    """Return for how many tokens the `generate` that runs makes a static cache; None where none does.
+
+    transformers makes it longer where an earlier call asked for more.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_prepare_static_cache":
+            asked = frame.f_locals.get("max_cache_len")
+            return asked if isinstance(asked, int) else None
+        frame = frame.f_back
+    return None
+
+
 def _generating() -> list[torch.nn.Module]:
     """Return the modules whose `generate` is running, the innermost first."""
     found: list[torch.nn.Module] = []

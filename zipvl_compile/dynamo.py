@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -230,6 +232,11 @@ def mark_size_as_changing(tensor: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
+def mark_address_as_fixed(tensor: torch.Tensor) -> None:
+    """Let CUDA graphs write into a tensor in place; another tensor in its place is recorded anew, not compiled anew."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """Return the modes of `torch.compile`, each with the settings of Inductor that it stands for."""
     from torch._inductor import list_mode_options  # takes a second, and only `inner="inductor"` needs it
@@ -237,12 +244,33 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
     return list_mode_options()
 
 
-def compile_with_inductor(gm: GraphModule, example_inputs: list[Any], mode: str | None) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor; a mode is one of `inductor_modes()`."""
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: list[Any], mode: str | None, records: bool = True
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor; a mode is one of `inductor_modes()`, `records`: also into CUDA graphs."""
     from torch._inductor.compile_fx import compile_fx  # as above
 
-    patches = None if mode is None else inductor_modes()[mode]
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+    patches = None if mode is None else inductor_modes()[mode] | ({} if records else {"triton.cudagraphs": False})
+    with _caches_apart():
+        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _caches_apart() -> AbstractContextManager[Any]:
+    """Return a context in which PyTorch's caches on disk know compiled code of this version of the operators alone.
+
+    They know operators by name, and hold what an operator of that name was taken apart into.
+    """
+    config: Any = torch.compiler.config
+    return config.patch(cache_key_tag=f"{config.cache_key_tag} zipvl {_operators()}")
+
+
+@functools.cache
+def _operators() -> str:
+    """Return a digest of the sources of the operators."""
+    found = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "kernels").rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def compile_with_aot_eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

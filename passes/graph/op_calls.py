@@ -172,6 +172,7 @@ class KVViewCall(OpCall):
     positions: Node
     prompt_length: Any
     n: Any
+    held: Node | None = None
 
     @property
     def layer(self) -> tuple[Any, ...]:
@@ -228,6 +229,7 @@ class DecodeAttentionCall(OpCall):
     mask: Node | None
     scale: float | Node | None
     softcap: float | None
+    held: Node | None = None
     kernel_: str = "auto"
 
 

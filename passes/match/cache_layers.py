@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, KVViewCall, TokenPositionsCall
 from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.match.attention_site import Attention
@@ -27,9 +29,24 @@ def stored_by(marker: Node) -> list[Node]:
 
 def only_cached(marker: Node) -> bool:
     """Return whether nothing but the graph's outputs reads the layer that `marker` stands for."""
-    users = [user for user in marker.users if user.op != "output"]
-    readers = [user for gather in users for user in gather.users]
+    users = [user for user in marker.users if user.op != "output" and not _fixes(user)]
+    readers = [user for gather in users for user in gather.users if not _fixes(user)]
     return all(GatherTokensCall.matches(user) for user in users) and all(user.op == "output" for user in readers)
+
+
+def of_fixed_size(marker: Node) -> list[Node]:
+    """Return the calls that make what a static layer stores of a prompt, in order; none where it is no static layer."""
+    found = [user for user in marker.users if _fixes(user)]
+    below = [one for call in found if is_call(call, ops.fixed_positions) for one in call.users]
+    kept = [user for gather in gathers(marker) for user in gather.node.users if _fixes(user)]  # type: ignore[union-attr]
+    return sorted({*found, *below, *kept} - {marker.graph.output_node()})
+
+
+def _fixes(user: Node) -> bool:
+    """Return whether a call makes what a static layer stores, which nothing but the graph's outputs reads."""
+    if any(is_call(user, kind) for kind in (ops.fixed_rows, ops.row_count)):
+        return all(one.op == "output" for one in user.users)
+    return is_call(user, ops.fixed_positions) and all(map(_fixes, user.users))
 
 
 def filled_by(graph: Graph, attentions: list[Attention]) -> dict[Node, tuple[Attention, Node]]:

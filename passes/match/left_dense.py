@@ -40,8 +40,8 @@ OTHER_LAYER = Reason(Why.OTHER_LAYER, "no KV cache of its own: it reads that of 
 FULL_CACHE = Reason(Why.FULL_CACHE, "the KV cache holds every token: decoding is as without zipvl")
 STATIC_CACHE = Reason(
     Why.STATIC_CACHE,
-    "static KV cache: tokens are written into tensors of full length; leave cache_implementation='static' out, zipvl "
-    "compacts the cache that generate makes by default",
+    "static KV cache of full length, made before zipvl read a prompt: leave prefill_chunk_size out, or "
+    "cache_implementation='static', and run the prompt through the compiled model",
 )
 FOREIGN_CACHE = Reason(
     Why.FOREIGN_CACHE,

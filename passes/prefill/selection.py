@@ -170,6 +170,8 @@ def compact(site: Site, attention: Attention, selection: Selection, settings: Se
         for x in (attention.key, attention.value)
     )
     if new_gathers:
+        for follower in cache_layers.of_fixed_size(layer):
+            node.prepend(follower)
         for old, gather in zip(gathers, new_gathers, strict=True):
             assert old.node is not None
             replace(old.node, gather)

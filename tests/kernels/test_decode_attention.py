@@ -196,6 +196,36 @@ def test_every_shape(implementation, cases, shape, dtype):
     assert out.transpose(1, 2).is_contiguous()
 
 
+def as_static(given, more=5):
+    """Return the arguments for buffers whose number of tokens is a tensor, with masks over `more` tokens to come.
+
+    Rows to come hold finite numbers there, as a layer has them from the start.
+    """
+    q, k, v, positions, prompt_length, n, mask = given
+    k, v = k.nan_to_num(7.0), v.nan_to_num(7.0)
+    held, most = positions.shape[2] + n - prompt_length, n + more
+    spare = k.shape[2] - held
+    where = cached_positions(positions, prompt_length, n + spare)
+    if mask is not None:
+        mask = torch.cat([mask, mask[..., :1].expand(*mask.shape[:3], more)], -1)
+    return (q, k, v, where, most, most, mask), {"held": torch.tensor(held)}
+
+
+@pytest.mark.parametrize("programs", [1, 8, 1024], ids=["one-part", "some-parts", "usual"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_number_of_tokens_that_only_the_device_knows(implementation, cases, monkeypatch, shape, programs):
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    given_ = inputs(cases, SHAPES[shape], implementation.finest)
+    expected = implementation.run(decode_attention, *given_)
+    arguments, counted = as_static(given_)
+    got = implementation.run(decode_attention, *arguments, **counted)
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+    if implementation.name == "interpreted":
+        return
+    one_less = implementation.run(decode_attention, *arguments, held=counted["held"] - 1)
+    assert not torch.equal(one_less, expected), "the tensor says it, not the size of the buffers"
+
+
 @pytest.mark.parametrize("programs", [1, 8, 10_000], ids=["one-part", "some-parts", "all-parts"])
 @triton_only
 def test_parts_join_to_the_same(implementation, cases, monkeypatch, programs):

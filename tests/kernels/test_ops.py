@@ -144,11 +144,26 @@ def test_decode_attention(masked, m, softcap):
     q, k, v, positions, _ = tensors()
     mask = torch.ones(2, 1, m, 17, dtype=torch.bool) if masked else None
     check(ops.decode_attention.default, q[:, :, :m].contiguous(), k, v, positions, 10, 17, mask, 0.3, softcap)
+    where, held = torch.arange(10).repeat(2, 1, 1), torch.tensor(9)
+    check(ops.decode_attention.default, q[:, :, :m].contiguous(), k, v, where, 17, 17, mask, 0.3, softcap, held)
 
 
 def test_kv_view():
     _, k, *_ = tensors()
     check(ops.kv_view.default, k, ops.token_positions(k[:, :, :8]), 8, 9)
+    check(ops.kv_view.default, k, ops.token_positions(k), 10, 10, torch.tensor(9))
+
+
+def test_fixed_rows():
+    check(ops.fixed_rows.default, tensors()[1])
+
+
+def test_fixed_positions():
+    check(ops.fixed_positions.default, torch.tensor([[[0, 2, 5]], [[1, 2, 3]]]), 8, 4)
+
+
+def test_row_count():
+    check(ops.row_count.default, torch.tensor([[[0, 2, 5]], [[1, 2, 3]]]))
 
 
 def test_with_room():

@@ -50,19 +50,25 @@ def both(n=40, windows=False, steps=NEW, stock=None, **how):
     return got, expected, reasons, [str(one.message) for one in said if "zipvl leaves" in str(one.message)]
 
 
-def test_a_static_cache_is_named_with_what_to_leave_out():
-    got, expected, reasons, said = both(cache_implementation="static")
+def test_a_static_cache_that_is_full_before_the_first_compiled_call_is_named():
+    """A prompt in chunks: transformers makes the tensors of full length beforehand."""
+    got, expected, reasons, said = both(cache_implementation="static", prefill_chunk_size=16)
     assert torch.equal(got, expected)
-    assert set(reasons) == {("prefill", Why.STATIC_CACHE), ("decode", Why.STATIC_CACHE)}
-    assert len(said) == 1 and "cache_implementation='static'" in said[0] and "graph break" not in said[0]
+    assert {why for _, why in reasons} == {Why.STATIC_CACHE}
+    assert len(said) == 1 and "prefill_chunk_size" in said[0] and "graph break" not in said[0]
 
 
-def test_a_compile_config_changes_nothing_of_that():
-    config = CompileConfig(backend="eager")
-    got, expected, reasons, _ = both(
-        cache_implementation="static", compile_config=config, stock={"compile_config": None, "disable_compile": True}
-    )
-    assert torch.equal(got, expected) and {why for _, why in reasons} == {Why.STATIC_CACHE}
+def test_generate_does_not_compile_a_second_time_what_is_compiled_for_zipvl():
+    ids = torch.randint(6, 64, (1, 40), generator=torch.Generator().manual_seed(0))
+    f = built()
+    ids = ids.to(f.device)
+    f.compile(backend="zipvl", options={"min_tokens": 0, "inner": "eager", "keep_ratio": 0.5})
+    how = {"max_new_tokens": NEW, "do_sample": False}
+    expected = f.generate(ids, **how)
+    config = CompileConfig(backend="a backend that is not there")
+    config._compile_all_devices = True  # as on a GPU
+    got = f.generate(ids, **how, cache_implementation="static", compile_config=config)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("n", [8, 40], ids=["short", "long"])

@@ -8,7 +8,11 @@ import torch
 from transformers.cache_utils import Cache
 
 from zipvl_compile.cache.compact_layer import CompactLayer
+from zipvl_compile.cache.compact_static_layer import CompactStaticLayer
 from zipvl_compile.cache.hf_names import cache_of
+
+#: Layers that hold the kept tokens of a prompt alone.
+COMPACT = (CompactLayer, CompactStaticLayer)
 
 
 def kept_tokens(cache: Any) -> list[torch.Tensor | None]:
@@ -30,4 +34,4 @@ def kept_tokens(cache: Any) -> list[torch.Tensor | None]:
             f"cache: expected a transformers Cache or an output that holds one, got {type(cache).__name__}. Pass what "
             "the model returned, or what generate(..., return_dict_in_generate=True) returned."
         )
-    return [layer.cached_positions if isinstance(layer, CompactLayer) else None for layer in held.layers]
+    return [layer.cached_positions if isinstance(layer, COMPACT) else None for layer in held.layers]

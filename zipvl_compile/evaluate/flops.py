@@ -163,7 +163,7 @@ FORMULAS: dict[str, Callable[[Arguments], int]] = {
 FREE = frozenset(
     f"zipvl::{name}"
     for name in (
-        "append_tokens", "append_tokens_torch", "gather_kv", "gather_tokens", "held_rows", "hiding_rows", "kv_view",
-        "probe_positions", "select_tokens", "token_positions", "with_room",
+        "append_tokens", "append_tokens_torch", "fixed_positions", "fixed_rows", "gather_kv", "gather_tokens",
+        "held_rows", "hiding_rows", "kv_view", "probe_positions", "row_count", "select_tokens", "token_positions", "with_room",
     )
 )  # fmt: skip

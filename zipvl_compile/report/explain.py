@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import Cache
 
-from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import CACHE_NAMES, as_argument, cache_of
+from zipvl_compile.cache.kept_tokens import COMPACT
 from zipvl_compile.callers import LOGITS_TO_KEEP
 from zipvl_compile.dynamo import TRACING_LOGGERS, apart, original_of
 from zipvl_compile.options import ZipVLOptions
@@ -204,7 +204,7 @@ def _without_repeats(sites: list[SiteOutcome]) -> list[SiteOutcome]:
 
 def _kept_counts(cache: Cache) -> dict[int, int]:
     """Return how many prompt tokens each of this package's cache layers keeps, by layer number."""
-    layers = [(i, layer.cached_positions) for i, layer in enumerate(cache.layers) if isinstance(layer, CompactLayer)]
+    layers = [(i, layer.cached_positions) for i, layer in enumerate(cache.layers) if isinstance(layer, COMPACT)]
     return {i: positions.shape[2] for i, positions in layers if positions is not None}
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import cache_of
+from zipvl_compile.cache.kept_tokens import COMPACT
 
 NOT_COMPACTED = "every token is kept: the prompt was left dense, see zipvl_compile.explain"
 
@@ -100,18 +100,19 @@ def _layer(layer: Any) -> LayerStats:
         if not isinstance(tensor, torch.Tensor):
             continue
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if isinstance(layer, CompactLayer) and name in ("key_buffer", "value_buffer"):
+        if isinstance(layer, COMPACT) and name in ("key_buffer", "value_buffer"):
             tensor = tensor[:, :, : layer.cached_length]
-        if name != "positions":
+        if name not in ("positions", "where", "held", "cumulative_length"):
             used += tensor.numel() * tensor.element_size()
     length, allocated = int(layer.get_seq_length()), sum(storages.values())
-    if isinstance(layer, CompactLayer) and layer.positions is not None:
+    if isinstance(layer, COMPACT) and layer.positions is not None:
         kept, tokens = layer.positions.shape[2], layer.cached_length
         dropped = layer.prompt_length - kept
         freed = used // tokens * dropped if tokens else 0
         why = "" if dropped else "every token is kept"
         return LayerStats(layer.prompt_length, kept, tokens, length, used, allocated, freed, why)
-    why = NOT_COMPACTED if isinstance(layer, CompactLayer) else f"a {type(layer).__name__} is not compacted"
+    why = NOT_COMPACTED if isinstance(layer, COMPACT) else f"a {type(layer).__name__} is not compacted"
     keys = getattr(layer, "keys", None)
     tokens = keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0
+    tokens = layer.cached_length if isinstance(layer, COMPACT) else tokens
     return LayerStats(0, tokens, tokens, length, used, allocated, 0, why)

@@ -50,7 +50,8 @@ def test_layers_that_were_not_compacted_say_so():
     model = tiny_llama.model()
     static = StaticCache(config=model.config, max_cache_len=64)
     model(tiny_llama.prompt(N), use_cache=True, **as_argument(static))
-    assert all("StaticLayer" in layer.why_dense for layer in stats(static).layers)
+    assert [(layer.why_dense, layer.tokens) for layer in stats(static).layers] == [(NOT_COMPACTED, N)] * 2
+    assert stats(static).bytes_used == 2 * N * ROW and stats(static).bytes_allocated >= 2 * 64 * ROW
 
 
 def test_what_generate_returns():
