@@ -48,6 +48,11 @@ def _append_tokens(
     keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int, kernel_: str = "auto"
 ) -> None:
     if not (use_triton("append_tokens", kernel_, keys, values) and keys.stride(-1) == values.stride(-1) == 1):
+        if is_traced(keys) and not keys.is_cuda:  # Inductor writes in place what it would call us for
+            rows = at + torch.arange(k.shape[2], device=k.device)
+            keys.index_copy_(2, rows, k)
+            values.index_copy_(2, rows, v)
+            return
         torch.ops.zipvl.append_tokens_torch(keys, values, k, v, at)
         return
     if not is_traced(keys):

@@ -17,101 +17,12 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels.common import tiles
-from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
-from zipvl_compile.kernels.common.dense_attention import dense_attention
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
-from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
+from zipvl_compile.kernels.decode_attention_torch import check, decode_in_graph, empty_output
 
 PROGRAMS = 1024  # enough to fill a large GPU several times
 MAX_SPLITS = 64
-
-
-def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
-    """Return where every cached token stands in the sequence.
-
-    Args:
-        positions: int64 `[B, G, P]` of the kept prompt tokens.
-        prompt_length: in tokens.
-        n: logical length in tokens.
-
-    Returns:
-        int64 `[B, G, P + n - prompt_length]`, ascending.
-    """
-    later = torch.arange(prompt_length, n, device=positions.device).expand(*positions.shape[:2], -1)
-    return torch.cat([positions, later], dim=2)
-
-
-def _check(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
-    mask: torch.Tensor | None,
-) -> None:  # fmt: skip
-    check_positions("decode_attention", positions, q.shape[0], keys.shape[1])
-    length = positions.shape[2] + n - prompt_length
-    if not 0 < length <= keys.shape[2]:
-        fail("decode_attention", "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
-    check_attention_inputs("decode_attention", q, keys[:, :, :length], values[:, :, :length])
-    check_mask("decode_attention", mask, q, q.shape[2], n)
-
-
-def _empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[3]).transpose(1, 2)
-
-
-@torch.library.custom_op("zipvl::decode_attention_torch", mutates_args=())
-def _decode_torch(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
-    mask: torch.Tensor | None, scale: float | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    _check(q, keys, values, positions, prompt_length, n, mask)
-    batch, heads, m, _ = q.shape
-    kv_heads, length = keys.shape[1], positions.shape[2] + n - prompt_length
-    k, v = keys[:, :, :length], values[:, :, :length]
-    out = _empty_output(q, values)
-    if out.numel() == 0:
-        return out
-    bias = None
-    if mask is not None:
-        where = cached_positions(positions, prompt_length, n)
-        bias = take(
-            mask, batch, None, where if where.shape[1] == 1 else per_head(where, heads)
-        )  # [B, 1 or Hq, m, length]
-    if bias is None or bias.shape[1:3] == (1, 1):
-        # All queries of one KV head see the same tokens, so that they can share one pass over them.
-        packed = q.reshape(batch, kv_heads, heads // kv_heads * m, q.shape[3])
-        result = dense_attention(packed, k, v, bias, False, scale, softcap)
-        return out.copy_(result.reshape(batch, heads, m, v.shape[3]))
-    return out.copy_(dense_attention(q, k, v, bias, False, scale, softcap))
-
-
-def _over_all_rows(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: torch.Tensor, held: torch.Tensor,
-    mask: torch.Tensor | None, scale: float | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """Attend where only the device knows how many rows are in use: PyTorch's operations, which are traced one by one.
-
-    `where` says of every row where it stands, `[B, G, C]`; rows to come are finite, and hidden.
-    """
-    (batch, heads, m, width), kv_heads = q.shape, keys.shape[1]
-    factor, groups = heads // kv_heads, where.shape[1]
-    shown = (torch.arange(keys.shape[2], device=q.device) < held).expand(batch, 1, 1, -1)  # [B, 1, 1, C]
-    if mask is not None:
-        where = where if groups == 1 or mask.shape[1] == 1 else per_head(where, heads)
-        bias = take(mask, batch, None, where.clamp(max=mask.shape[3] - 1))  # a bucket may have more rows than tokens
-        hidden = float("-inf")
-        shown = bias & shown if bias.dtype == torch.bool else bias.masked_fill(~shown, hidden)  # [B, 1, G or Hq, ..]
-        if shown.shape[1] == heads and heads > kv_heads:
-            shown = shown.expand(-1, -1, m, -1).reshape(batch, kv_heads, factor * m, -1)
-        elif shown.shape[2] > 1:
-            shown = shown.repeat(1, 1, factor, 1)
-    packed = q.reshape(batch, kv_heads, factor * m, width)
-    out = dense_attention(packed, keys, values, shown, False, scale, softcap).reshape(batch, heads, m, values.shape[3])
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@_decode_torch.register_fake
-def _(q, keys, values, positions, prompt_length, n, mask, scale, softcap):
-    return _empty_output(q, values)
 
 
 @triton.jit
@@ -200,15 +111,15 @@ def _decode_attention(
     mask: torch.Tensor | None, scale: float | None, softcap: float | None, held: torch.Tensor | None = None,
     kernel_: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    if not use_triton("decode_attention", kernel_, q, keys, values):
-        if held is not None:
-            if not is_traced(q):
-                _check(q, keys, values, positions, prompt_length, n, mask)
-            return _over_all_rows(q, keys, values, positions, held, mask, scale, softcap)
+    triton_runs = use_triton("decode_attention", kernel_, q, keys, values)
+    if not is_traced(q) and (triton_runs or held is not None):
+        check(q, keys, values, positions, prompt_length, n, mask)
+    if not triton_runs:
+        inside = held is not None or (is_traced(q) and not q.is_cuda and softcap is None)
+        if inside:
+            return decode_in_graph(q, keys, values, positions, prompt_length, n, mask, scale, softcap, held)
         arguments = (q, keys, values, positions, prompt_length, n, mask, scale, softcap)
         return torch.ops.zipvl.decode_attention_torch(*arguments)
-    if not is_traced(q):
-        _check(q, keys, values, positions, prompt_length, n, mask)
     q, keys, values = (tiles.unit_stride(x) for x in (q, keys, values))
     positions = positions.contiguous()
     (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
@@ -222,7 +133,7 @@ def _decode_attention(
     part = ((length + splits - 1) // splits + block_n - 1) // block_n * block_n
     partial = q.new_empty(batch * heads * m, MAX_SPLITS, width_v, dtype=torch.float32)
     tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
-    out = _empty_output(q, values)
+    out = empty_output(q, values)
     launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
         q, keys, values, positions, partial=partial, tops=tops, totals=totals,
         held=q if held is None else held, P=positions.shape[2],

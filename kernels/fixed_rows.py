@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from zipvl_compile.kernels.common.checks import fail
-from zipvl_compile.kernels.decode_attention import cached_positions
+from zipvl_compile.kernels.token_positions import cached_positions
 
 LEAST = 8  # rows
 

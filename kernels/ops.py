@@ -9,6 +9,7 @@ import torch
 OPERATORS = (
     "append_tokens",
     "decode_attention",
+    "decode_attention_torch",
     "fixed_rows",
     "gather_tokens",
     "held_rows",

@@ -1,4 +1,4 @@
-"""The positions of every token: the marker that a pass replaces by a selection.
+"""The positions of every token, the marker that a pass replaces by a selection, and those of all cached tokens.
 
     out[b, 0, i] = i
 
@@ -21,3 +21,18 @@ def _token_positions(k: torch.Tensor) -> torch.Tensor:
 def token_positions(k: torch.Tensor) -> torch.Tensor:
     """Return the positions of every token of `k [B, Hkv, n, D]`: int64 `[B, 1, n]`, 0 to n - 1."""
     return torch.ops.zipvl.token_positions(k)
+
+
+def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
+    """Return where every cached token stands in the sequence.
+
+    Args:
+        positions: int64 `[B, G, P]` of the kept prompt tokens.
+        prompt_length: in tokens.
+        n: logical length in tokens.
+
+    Returns:
+        int64 `[B, G, P + n - prompt_length]`, ascending.
+    """
+    later = torch.arange(prompt_length, n, device=positions.device).expand(*positions.shape[:2], -1)
+    return torch.cat([positions, later], dim=2)

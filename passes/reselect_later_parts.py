@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from zipvl_compile.kernels.decode_attention import cached_positions
+from zipvl_compile.kernels.token_positions import cached_positions
 from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, replace, undone_on_error
 from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, GatherTokensCall
 from zipvl_compile.passes.graph.reading import example

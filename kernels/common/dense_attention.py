@@ -46,7 +46,7 @@ def dense_attention(
             k, v = (x.repeat_interleave(factor, 1) for x in (k, v))
         with sdpa_kernel(_BACKENDS) if q.is_cuda else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
             )
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale

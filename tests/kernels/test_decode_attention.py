@@ -11,8 +11,9 @@ from support.implementations import gpu_only, in_every_dtype, in_every_layout, o
 from zipvl_compile.kernels import decode_attention as module
 from zipvl_compile.kernels.append_tokens import append_tokens
 from zipvl_compile.kernels.common.masks import visible
-from zipvl_compile.kernels.decode_attention import cached_positions, decode_attention
+from zipvl_compile.kernels.decode_attention import decode_attention
 from zipvl_compile.kernels.gather_tokens import gather_tokens
+from zipvl_compile.kernels.token_positions import cached_positions
 
 SHAPES = {  # batch, heads, kept, later tokens, new tokens, head_dim, value head_dim, mask
     "first-step": (1, "mha", 1, 1, 1, 16, 16, "none"),

@@ -18,9 +18,9 @@ from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
 from zipvl_compile.cache.later_parts import compact_again, continued
 from zipvl_compile.gradients import tracing_for_zipvl
-from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
+from zipvl_compile.kernels.token_positions import cached_positions
 from zipvl_compile.passes.match.attention_site import PART_TOKENS
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zipvl_compile.cache.buffers import spare_tokens
-from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.ops import ops
+from zipvl_compile.kernels.token_positions import cached_positions
 
 
 def compact_again(layer: Any) -> None:

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import TorchDispatchMode, flop_registry
 
 from zipvl_compile.kernels.common.masks import causal as is_causal
 from zipvl_compile.kernels.common.masks import take, visible
-from zipvl_compile.kernels.decode_attention import cached_positions
 from zipvl_compile.kernels.ops import ops as _register  # noqa: F401
 from zipvl_compile.kernels.probe_rows import probe_rows
+from zipvl_compile.kernels.token_positions import cached_positions
 
 Arguments = Mapping[str, Any]
 
