@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zipvl_compile.dynamo import raise_recompile_limit_of_all
 from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.results import environment
 
+raise_recompile_limit_of_all(64)  # many models in one process: no variant may fall back to eager mode
 RESULTS = Path(os.environ.get("ZIPVL_RESULTS", Path(__file__).parent / "results"))
 KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
 #: Tokens pass the layers that do not keep them, all but the first two.

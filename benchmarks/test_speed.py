@@ -1,4 +1,4 @@
-"""Prefill, decode and generate of a Llama-like decoder, zipvl against Inductor, in one run.
+"""Prefill and generate of a Llama-like decoder, zipvl against Inductor, in one run.
 
     make bench        appends to benchmarks/results/speed.jsonl and draws benchmarks/results/speed.png
 
@@ -7,14 +7,11 @@ A benchmark first checks its result against the same graph without Inductor, and
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import KEEP_RATIO, amdahl, decoder, interleaved, prompt, report
 
-from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.passes.cost_model import AttentionShape, seconds
 from zipvl_compile.pipeline import leaving_out
 from zipvl_compile.report.machine import machine, sparse_prefill_attention
@@ -43,7 +40,6 @@ BACKENDS = {
     "zipvl": {"backend": "zipvl", "options": OPTIONS},
     "queries all": {"backend": "zipvl", "options": OPTIONS | {"unselected": "all"}},
     "check": {"backend": "zipvl", "options": OPTIONS | {"inner": "eager"}},
-    "full cache": {"backend": "zipvl", "options": {"tau": 1.0, "min_tokens": 0}},
 }
 
 LEFT_OUT = {"unpruned": ("prune_projections", "demand_rows"), "unpruned projections": ("prune_projections",)}
@@ -93,43 +89,6 @@ def test_prefill(benchmark, n):
             report(FILE, "prefill", f"{CASE}, {n} tokens", name,
                    dense=(dense * 1e3, "ms"), zipvl=(taken * 1e3, "ms"), speedup=(dense / taken, "x"),
                    bound=(bound, "x"), speedup_over_bound=(dense / taken / bound, "fraction"))  # fmt: skip
-
-
-def bytes_read(model, cache) -> int:
-    """Return what a decode step reads at least: every weight but the embedding's other rows, and the cache."""
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name)
-    return weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-@pytest.mark.benchmark(group="decode")
-@pytest.mark.parametrize(("n", "batch"), [(4096, 1), (16384, 1), (16384, 4)])
-def test_decode(benchmark, n, batch):
-    models = variants(n, "dense", "zipvl", "check", "full cache", dynamic=None)
-    ids, token = prompt(n), prompt(1, batch)
-    caches = {name: cache_of(prefill(model, ids)) for name, model in models.items()}
-    if batch > 1:
-        for cache in caches.values():
-            cache.batch_repeat_interleave(batch)
-    step = {
-        name: lambda model=model, name=name: model(input_ids=token, **as_argument(caches[name]))
-        for name, model in models.items()
-    }
-    same = copy.deepcopy(caches["zipvl"])
-    expected = models["check"](input_ids=token, **as_argument(same)).logits
-    torch.testing.assert_close(step["zipvl"]().logits, expected, atol=1e-3, rtol=1e-3)
-    del step["check"]
-    times = interleaved(step, rounds=15, warm_up=4)
-    benchmark.pedantic(step["zipvl"], rounds=5)
-    dense, kept = (bytes_read(models[name], caches[name]) for name in ("dense", "zipvl"))
-    cached = [sum(layer.keys.nbytes for layer in caches[name].layers) for name in ("zipvl", "dense")]
-    speedup, bound = times["dense"] / times["zipvl"], dense / kept
-    benchmark.extra_info.update(speedup=speedup, bound=bound)
-    size = f"batch {batch}, " if batch > 1 else ""
-    report(FILE, "decode", f"{CASE}, {size}{n} tokens", "zipvl",
-           dense=(times["dense"] * 1e3, "ms"), zipvl=(times["zipvl"] * 1e3, "ms"), speedup=(speedup, "x"),
-           bound=(bound, "x"), speedup_over_bound=(speedup / bound, "fraction"),
-           over_full_cache=(times["full cache"] / times["zipvl"], "x"),
-           kv_bytes_kept=(cached[0] / cached[1], "fraction of dense"))  # fmt: skip
 
 
 @pytest.mark.benchmark(group="generate")
