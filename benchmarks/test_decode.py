@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from zipvl_compile.cache.hf_names import as_argument
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for CPUs; GPUs have test_gpu_decode")
-LAYERS, ROOM = 8, 64
+LAYERS, ROOM = 8, 128
 KEPT = {"policy": "paper", "keep_ratio": KEEP_RATIO, "min_tokens": 0}
 VARIANTS = {
     "dense": ({"backend": "inductor"}, False),

@@ -1,4 +1,4 @@
-"""decode_attention of CPUs: the same as one operator and as operations of a compiled graph, and no copy of the cache."""
+"""decode_attention of CPUs: one operator, or operations of a compiled graph, which give the same and copy no cache."""
 
 import pytest
 import torch
