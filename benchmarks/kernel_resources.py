@@ -97,6 +97,17 @@ def cases() -> dict[str, Callable[[], object]]:
             f"{name}, decode with padding": lambda n=new, k=keys, v=values, p=positions: _decode.decode_attention(
                 n[0], k, v, p, 512, 513, torch.ones(1, 1, 1, 513, dtype=torch.bool), kernel="triton"
             ),
+            f"{name}, decode, static": lambda n=new, k=keys, v=values: _decode.decode_attention(
+                n[0],
+                k,
+                v,
+                torch.arange(k.shape[2])[None, None],
+                600,
+                600,
+                torch.ones(1, 1, 1, 600, dtype=torch.bool),
+                held=torch.tensor(40),
+                kernel="triton",
+            ),
         }
 
         def near(mask, every_row, q=q, k=k, v=v, keys=keys, values=values, positions=positions):

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from pathlib import Path
+
+from gpu_table import gpu
+from newest import ROOT, latest, source
 
 from zipvl_compile.evaluate.variants import OF_PRESETS, VARIANTS
-
-ROOT = Path(__file__).parent.parent
-
-
-def latest(file: str) -> dict[tuple[str, str, str], dict[str, dict]]:
-    """Return the newest measurement of each metric: `{(bench, case, variant): {metric: line}}`, in file order."""
-    path = ROOT / "benchmarks" / "results" / f"{file}.jsonl"
-    found: dict[tuple[str, str, str], dict[str, dict]] = defaultdict(dict)
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
-        found[line["bench"], line["case"], line["variant"]][line["metric"]] = line
-    return found
-
-
-def source(rows: dict) -> str:
-    """Return where the figures come from, as one line."""
-    line = next(iter(next(iter(rows.values())).values()))
-    commits = list(dict.fromkeys(line["commit"] for metrics in rows.values() for line in metrics.values()))
-    return (
-        f"{line['hardware']}; torch {line['torch']}, transformers {line['transformers']}; {line['date']}, "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
-    )
 
 
 def _by_variant() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -41,10 +20,10 @@ def _by_variant() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
 
 
 def speed() -> str:
-    """Return the table of prefill, decode and generate."""
+    """Return the table of prefill and generate."""
     table = [
-        "| | dense | zipvl | speedup | without projection pruning | attention alone | queries all | bound | KV kept |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | dense | zipvl | speedup | without projection pruning | attention alone | queries all | bound |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = latest("speed")
     model = next(iter(rows))[1].rsplit(", ", 1)[0]
@@ -55,10 +34,35 @@ def speed() -> str:
             for name in ("unpruned projections", "unpruned", "queries all")
         ]
         bound = f"{value['bound']:.2f}x" if "bound" in value else ""
-        kept = f"{value['kv_bytes_kept']:.0%}" if "kv_bytes_kept" in value else ""
         cells = [f"{bench}, {case.removeprefix(f'{model}, ')}", f"{value['dense']:.1f} ms", f"{value['zipvl']:.1f} ms"]
-        table.append("| " + " | ".join([*cells, f"{value['speedup']:.2f}x", *others, bound, kept]) + " |")
+        table.append("| " + " | ".join([*cells, f"{value['speedup']:.2f}x", *others, bound]) + " |")
     return "\n".join([*table, "", f"{model}, keep_ratio 0.367. {source(rows)}"])
+
+
+def decode() -> str:
+    """Return the times of a decode step and the sizes of the cache, by model, prompt length and batch."""
+    names = ["dense", "dense, static", "zipvl", "zipvl, static", "full cache"]
+    table = [
+        "| | Inductor | over a static cache | zipvl | over a static cache | its full cache | bound | KV: dense | zipvl "
+        "| static | allocated | static |",
+        "|" + "---|" * 12,
+    ]
+    rows, cases = latest("decode"), defaultdict[str, dict[str, dict[str, float]]](dict)
+    for (_, case, variant), metrics in rows.items():
+        cases[case][variant] = {metric: line["value"] for metric, line in metrics.items()}
+    for case, of in cases.items():
+        times = [
+            f"{of['dense']['time']:.1f} ms",
+            *(f"{of[name]['time']:.1f} ms ({of[name]['speedup']:.2f}x)" for name in names[1:]),
+        ]
+        held = [f"{of[name]['kv_in_use']:.1f} MB" for name in ("dense", "zipvl", "zipvl, static")]
+        held += [f"{of[name]['kv_allocated']:.1f} MB" for name in ("zipvl", "zipvl, static")]
+        table.append(
+            "| "
+            + " | ".join([case.replace(", 8 layers, GQA 4", ""), *times, f"{of['zipvl']['bound']:.2f}x", *held])
+            + " |"
+        )
+    return "\n".join([*table, "", f"8 layers, GQA 4, keep_ratio 0.367. {source(rows)}"])
 
 
 def never_slower() -> str:
@@ -226,52 +230,9 @@ def _points(m: dict[str, float], kind: str) -> str:
     return f"{100 * difference:+.1f} ± {100 * m.get(f'accuracy_{kind}_minus_dense_se', 0.0):.1f}"
 
 
-def gpu() -> str:
-    """Return the figures of prefill, decode and the kernels on a GPU."""
-    rows = latest("gpu")
-    found = {key: {name: line["value"] for name, line in metrics.items()} for key, metrics in rows.items()}
-    table = [
-        "| prefill | dense | dense without a mask | zipvl | over dense | over dense without a mask | bound | "
-        "zipvl, every token kept, over dense |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (bench, case, _), m in found.items():
-        if bench == "prefill":
-            table.append(
-                f"| {case} | {m['dense']:.0f} ms | {m['dense_causal']:.0f} ms | {m['zipvl']:.0f} ms | "
-                f"{m['speedup_over_dense']:.2f}x | {m['speedup']:.2f}x | {m['bound']:.2f}x | "
-                + (f"{m['exact_over_dense']:.2f}x |" if "exact_over_dense" in m else "|")
-            )
-    table += ["", "| decode step | dense | zipvl | over dense | over its own full cache | KV kept |"]
-    table.append("|---|---|---|---|---|---|")
-    for (bench, case, _), m in found.items():
-        if bench == "decode":
-            table.append(
-                f"| {case} | {m['dense']:.1f} ms | {m['zipvl']:.1f} ms | {m['speedup']:.2f}x | "
-                f"{m['over_full_cache']:.2f}x | {m['kv_bytes_kept']:.0%} |"
-            )
-    table += ["", "| kernel | | |", "|---|---|---|"]
-    for (bench, case, variant), m in found.items():
-        shape = case.split(", 40 heads")[0] if bench != "decode_attention" else case
-        if bench == "sparse_attention" and variant.startswith("kept queries"):
-            table.append(
-                f"| attention, {shape}, {variant} | {m['rate']:.0f} TFLOP/s | {m['flops_vs_best_dense']:.0%} of the "
-                "fastest dense attention of as many tokens |"
-            )
-        if bench == "selection" and variant.startswith("scores +") and "ratio" in case:
-            table.append(
-                f"| {variant}, {shape} | {m['time']:.2f} ms | {m['share_of_dense_attention']:.0%} of dense attention |"
-            )
-        if bench == "decode_attention" and variant == "triton":
-            table.append(
-                f"| decode attention, {shape} | {m['bandwidth']:.2f} TB/s | {m['bandwidth_vs_copy']:.0%} of a copy |"
-            )
-    return "\n".join([*table, "", f"keep_ratio 0.367; 40 heads, head_dim 128. {source(rows)}"])
-
-
 TABLES = {
-    "speed": speed, "never_slower": never_slower, "compile_time": compile_time, "frontier": frontier, "gpu": gpu,
-    "rules": rules, "skipped_layers": skipped_layers, "pictures": pictures, "demo": demo,
+    "speed": speed, "decode": decode, "never_slower": never_slower, "compile_time": compile_time, "frontier": frontier,
+    "gpu": gpu, "rules": rules, "skipped_layers": skipped_layers, "pictures": pictures, "demo": demo,
 }  # fmt: skip
 PAGES = ("README.md", "docs/speed.md")
 

@@ -1,8 +1,10 @@
 """Decode steps of a 13B-shaped LLaVA-Next on a GPU, over full and over compacted caches, against Inductor.
 
-    dense        Inductor, over the cache of transformers, which it copies at every step
-    full cache   zipvl, over a cache that kept every token
-    zipvl        over a compacted cache
+    dense          Inductor, over the cache of transformers, which it copies at every step
+    dense, static  the same over a static cache, as CUDA graphs (mode="reduce-overhead")
+    full cache     zipvl, over a cache that kept every token
+    zipvl          over a compacted cache
+    zipvl, static  over a compacted static cache, as CUDA graphs
 
 cuDNN is off for dense attention: it would build a plan, which takes 45 ms, at every step. The caches hold what a prompt
 left, of which the compacted ones keep random tokens: speed does not depend on which. `make gpu` runs it.
@@ -17,11 +19,14 @@ import pytest
 import torch
 from harness import KEEP_RATIO, interleaved, report
 from test_gpu_prefill import SIZES, llava_next
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from zipvl_compile.cache.hf_names import as_argument
+from zipvl_compile.dynamo import mark_address_as_fixed
+from zipvl_compile.kernels.fixed_rows import bucket, fixed_positions, into_bucket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ROOM = 256  # tokens
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -32,10 +37,13 @@ def models(request):
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = llava_next(SIZES[request.param])
     zipvl = torch.compile(model, backend="zipvl", options={"min_tokens": 0}, dynamic=True)
+    recorded = {"min_tokens": 0, "mode": "reduce-overhead"}
     with torch.no_grad():
         yield {
             "size": request.param,
             "dense": torch.compile(model, backend="inductor", dynamic=True), "full cache": zipvl, "zipvl": zipvl,
+            "dense, static": torch.compile(model, backend="inductor", mode="reduce-overhead"),
+            "zipvl, static": torch.compile(model, backend="zipvl", options=recorded),
         }  # fmt: skip
     torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -53,7 +61,7 @@ def compacted(cache: DynamicCache, ratio: float) -> DynamicCache:
     """Return the cache of a sparse prefill that kept this share of the tokens."""
     new = copy.deepcopy(cache)
     for layer in new.layers:
-        n = layer.cumulative_length
+        n = layer.get_seq_length()
         p = int(n * ratio)
         kept = torch.randperm(n, device="cuda")[:p].sort().values
         for name in ("key_buffer", "value_buffer"):
@@ -61,16 +69,40 @@ def compacted(cache: DynamicCache, ratio: float) -> DynamicCache:
             room = x.new_empty(*x.shape[:2], p + 256, x.shape[3])
             room[:, :, :p] = x[:, :, kept]
             setattr(layer, name, room)
-        layer.positions, layer.prompt_length = kept[None, None], n
+        layer.positions, layer.prompt_length, layer.cumulative_length = kept[None, None], n, n
     return new
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def static(cache: DynamicCache, config) -> StaticCache:
+    """Return what a growing cache holds in tensors of fixed size, with room for what a benchmark adds."""
+    n = cache.get_seq_length()
+    new = StaticCache(config=config, max_cache_len=n + ROOM)
+    for layer, other in zip(new.layers, cache.layers, strict=True):
+        rows = other.keys.shape[2]
+        most = bucket(rows + ROOM) if other.positions is not None else n + ROOM
+        for name in ("key_buffer", "value_buffer"):
+            x = getattr(other, name)[:, :, :rows]
+            setattr(layer, name, torch.cat([x, x.new_zeros(*x.shape[:2], most - rows, x.shape[3])], 2))
+        layer.device, layer.is_initialized, layer.batch_size = x.device, True, x.shape[0]
+        layer.cumulative_length = torch.tensor(n, device="cuda")
+        kept = [layer.key_buffer, layer.value_buffer, layer.cumulative_length]
+        if other.positions is not None:
+            layer.where = into_bucket(fixed_positions(other.positions, n, ROOM))
+            layer.held, layer.prompt_length = torch.tensor(rows, device="cuda"), n
+            kept += [layer.where, layer.held]
+        for tensor in kept:
+            mark_address_as_fixed(tensor)
+    return new
+
+
+def cache_bytes(cache: DynamicCache | StaticCache) -> int:
+    """Return how much the tokens in memory take, whatever room there is besides."""
+    return sum(2 * layer.keys[:, :, : layer.cached_length].nbytes for layer in cache.layers)
 
 
 def step(model, cache, batch: int):
     token = torch.ones(batch, 1, dtype=torch.long, device="cuda")
+    torch.compiler.cudagraph_mark_step_begin()
     return model(input_ids=token, **as_argument(cache)).logits
 
 
@@ -81,7 +113,16 @@ def test_a_step_over_a_cache_that_kept_every_token_is_dense(models):
     assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.99
 
 
-@pytest.mark.parametrize(("n", "batch"), [(16384, 1), (16384, 8), (4096, 8)])
+def test_a_step_over_a_static_cache_is_that_over_a_growing_one(models):
+    growing = compacted(full_cache(models["dense"].config.text_config, 1000), KEEP_RATIO)
+    fixed = static(growing, models["dense"].config.text_config)
+    for _ in range(6):  # recorded, and then replayed
+        got, expected = (step(models[name], cache, 1).float() for name, cache in
+                         (("zipvl, static", fixed), ("zipvl", growing)))  # fmt: skip
+        assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize(("n", "batch"), [(16384, 1), (4096, 1), (16384, 8), (4096, 8)])
 def test_decode(models, n, batch):
     size = models["size"]
     if size == "13B" and n * batch > 40_000:
@@ -94,6 +135,8 @@ def test_decode(models, n, batch):
     for cache in caches.values():
         if batch > 1:
             cache.batch_repeat_interleave(batch)
+    if size != "13B":
+        caches |= {f"{name}, static": static(caches[name], config) for name in ("dense", "zipvl")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
     weights = sum(p.nbytes for name, p in models["dense"].named_parameters() if "language" in name)
     run = {name: lambda name=name: step(models[name], caches[name], batch) for name in caches}
@@ -105,6 +148,12 @@ def test_decode(models, n, batch):
         "bandwidth": ((weights + held["zipvl"]) / times["zipvl"] / 1e12, "TB/s"),
         "kv_bytes_kept": (held["zipvl"] / held["dense"], "fraction of dense"),
     }  # fmt: skip
+    if "zipvl, static" in times:
+        metrics |= {
+            "static": (times["zipvl, static"] * 1e3, "ms"), "dense_static": (times["dense, static"] * 1e3, "ms"),
+            "static_over_dense_static": (times["dense, static"] / times["zipvl, static"], "x"),
+            "static_bandwidth": ((weights + held["zipvl"]) / times["zipvl, static"] / 1e12, "TB/s"),
+        }  # fmt: skip
     if "full cache" in times:
         metrics["over_full_cache"] = (times["full cache"] / times["zipvl"], "x")
     if batch > 1:  # the memory that the dense cache took now holds a larger batch
