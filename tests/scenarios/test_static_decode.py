@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 
@@ -128,6 +129,47 @@ def test_prompts_of_many_lengths_share_at_most_four_decode_graphs(graphs):
     for text in (14, 35, 50):
         run(f, inputs(text=text), 6, **STATIC)
     assert not graphs
+
+
+def prompts(family, count=30):
+    """Yield prompts of mixed batch, padding and length."""
+    for i in range(count):
+        batch = (1, 2, 4)[i % 3]
+        yield tiny_models.inputs(family, batch=batch, text=12 + i * 7 % 40, pad=3 * (i % 2) * (batch > 1), seed=i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, STATIC], ids=["growing", "static"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_thirty_prompts_compile_a_few_graphs_and_then_none(graphs, family, how):
+    f = tiny_models.compiled(family, tau=0.8)
+    numbers = []
+    for x in prompts(family):
+        run(f, x, 5, **how)
+        numbers.append(len(graphs))
+    assert sum(kind == "decode" for kind, _ in graphs) <= 4, graphs
+    assert numbers[-1] == numbers[11], numbers
+
+
+@pytest.mark.slow
+def test_many_prompts_and_tokens_leave_memory_flat():
+    f = compiled(tau=0.8)
+
+    def answers(count):
+        for i in range(count):
+            last = run(f, inputs(text=12 + i % 9, seed=i), 4, output_logits=False, **STATIC).sequences
+        gc.collect()
+        return last, sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    answers(20)
+    _, before = answers(20)
+    last, after = answers(100)
+    assert after <= before + 10, (before, after)
+    x = inputs(text=20)
+    long = run(f, x, 600, output_logits=False, **STATIC).sequences
+    assert torch.equal(long, run(compiled(tau=0.8), x, 600, output_logits=False).sequences)
+    again = run(compiled(tau=0.8), inputs(text=12 + 99 % 9, seed=99), 4, output_logits=False, **STATIC).sequences
+    assert torch.equal(last, again), "as in a process that has answered nothing before"
 
 
 def test_memory_is_that_of_kept_tokens_and_of_those_that_were_asked_for():
