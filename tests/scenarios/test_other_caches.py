@@ -71,6 +71,23 @@ def test_generate_does_not_compile_a_second_time_what_is_compiled_for_zipvl():
     assert torch.equal(got, expected)
 
 
+def test_a_compile_config_for_zipvl_compiles_decode_steps_alone_and_drops_nothing():
+    ids = torch.randint(6, 64, (1, 40), generator=torch.Generator().manual_seed(0))
+    f = built()
+    how = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "static"}
+    expected = built().generate(ids.to(f.device), **how)
+    config = CompileConfig(backend="zipvl", mode=None, fullgraph=False, options={"inner": "eager", "keep_ratio": 0.5})
+    config._compile_all_devices = True  # as on a GPU
+    with collect() as reports, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = f.generate(ids.to(f.device), **how, compile_config=config)
+    assert torch.equal(got, expected)
+    assert {(site.kind, site.reason.why) for report in reports for site in report.sites} == {
+        ("decode", Why.STATIC_CACHE)
+    }
+    assert any("run the prompt through the compiled model" in str(one.message) for one in said)
+
+
 @pytest.mark.parametrize("n", [8, 40], ids=["short", "long"])
 def test_sliding_windows_are_left_alone_without_a_warning(n):
     got, expected, reasons, said = both(n, windows=True, steps=12)
