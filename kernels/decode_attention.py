@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from zipvl_compile.kernels.common import tiles
-from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.dispatch import has_known_sizes, is_traced, launchable, use_triton
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.decode_attention_torch import check, decode_in_graph, empty_output
 
@@ -115,8 +115,8 @@ def _decode_attention(
     if not is_traced(q) and (triton_runs or held is not None):
         check(q, keys, values, positions, prompt_length, n, mask)
     if not triton_runs:
-        inside = held is not None or (is_traced(q) and not q.is_cuda and softcap is None)
-        if inside:
+        inside = is_traced(q) and not q.is_cuda and softcap is None and has_known_sizes(keys, positions)
+        if inside or held is not None:
             return decode_in_graph(q, keys, values, positions, prompt_length, n, mask, scale, softcap, held)
         arguments = (q, keys, values, positions, prompt_length, n, mask, scale, softcap)
         return torch.ops.zipvl.decode_attention_torch(*arguments)

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.graph.graph import erase_orphans, insert_call, size, undone_on_error
+from zipvl_compile.passes.graph.graph import erase_orphans, erase_unread, insert_call, size, undone_on_error
 from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, KVViewCall
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.masks.mask_form import four_axes
@@ -110,3 +110,4 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
             if site.node._erased:  # too late to undo it here
                 raise
             site.reason = reasons.fault(error)
+    erase_unread(call.node for call in KVViewCall.all(graph) if call.node is not None)  # whose sizes alone were asked

@@ -25,6 +25,7 @@ from zipvl_compile.dynamo import (
     compile_with_aot_eager,
     compile_with_inductor,
     gradient_switches,
+    inductor_modes,
     leave_uncompiled,
     mark_address_as_fixed,
     mark_size_as_changing,
@@ -93,7 +94,9 @@ def zipvl(
     fresh = chooses and not calls(dense.graph, ops.kv_view)  # else it reads a compacted cache, which no dense code can
     budget = gm.graph.find_nodes(op="placeholder", target=BUDGET)
     with torch.no_grad():
-        compiled = _compile(gm, [*example_inputs, *map(example, budget)], parsed, _keeps_its_sizes(dense.graph))
+        compiled = _compile(
+            gm, [*example_inputs, *map(example, budget)], parsed, _keeps_its_sizes(dense.graph, parsed.mode)
+        )
     backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
@@ -124,6 +127,18 @@ def _warn_of_other_code() -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+@functools.cache
+def _warn_of_a_cache_that_grows(mode: str) -> None:
+    """Say, once per process, why decode steps are not recorded though the mode asks for it, on GPUs."""
+    if torch.cuda.is_available() and inductor_modes()[mode].get("triton.cudagraphs"):
+        warnings.warn(
+            f"zipvl: mode={mode!r} records no decode steps over a KV cache that grows, since each has another size. "
+            "Pass generate(..., cache_implementation='static'), or a StaticCache, for steps of one size.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _run_without_gradients(gm: GraphModule) -> None:
@@ -182,12 +197,14 @@ def _say_what_is_kept(positions: list[torch.Tensor]) -> None:
     )  # fmt: skip
 
 
-def _keeps_its_sizes(graph: Graph) -> bool:
+def _keeps_its_sizes(graph: Graph, mode: str | None) -> bool:
     """Return whether a graph is worth recording as a CUDA graph: it neither reads a prompt nor a cache that grows.
 
     A prompt has another length every time, and its cache outlives the memory that a recorded graph gives its results.
     """
     grows = any(call.held is None for call in KVViewCall.all(graph))
+    if grows and mode is not None:
+        _warn_of_a_cache_that_grows(mode)
     return not grows and not calls(graph, ops.token_positions)
 
 

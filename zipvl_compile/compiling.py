@@ -135,18 +135,19 @@ def generates_for_zipvl() -> bool:
     return any(in_place_for_zipvl(model) for model in _generating())
 
 
-def length_asked_of_generate() -> int | None:
-    """Return for how many tokens the `generate` that runs makes a static cache; None where none does.
+def length_asked_of_generate(made: int) -> int:
+    """Return for how many tokens the `generate` that runs needs the static cache that it makes for `made` tokens.
 
-    transformers makes it longer where an earlier call asked for more.
+    transformers makes it as long as the longest one before; a cache of other lengths, or of an encoder's tokens, which
+    comes second, is as long as it has to be.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_prepare_static_cache":
-            asked = frame.f_locals.get("max_cache_len")
-            return asked if isinstance(asked, int) else None
+    while frame is not None and frame.f_code.co_name != "_prepare_static_cache":
         frame = frame.f_back
-    return None
+    if frame is None or "cache" in frame.f_locals or frame.f_locals.get("effective_length") != made:
+        return made
+    asked = frame.f_locals.get("max_cache_len")
+    return min(asked, made) if isinstance(asked, int) else made
 
 
 def _generating() -> list[torch.nn.Module]:

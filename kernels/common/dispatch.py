@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from triton import knobs
 
 from zipvl_compile.kernels.common.checks import fail
@@ -29,6 +30,11 @@ def interpreted() -> bool:
 def is_traced(x: torch.Tensor) -> bool:
     """Return whether a compiler is looking at `x`: then its sizes may be symbols, and a check would become a guard."""
     return type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def has_known_sizes(*tensors: torch.Tensor) -> bool:
+    """Return whether no size of a tensor depends on data, so that a compiler may ask what it likes of them."""
+    return not any(free_unbacked_symbols(size) for x in tensors for size in x.shape if not isinstance(size, int))
 
 
 def launchable(kernel: Any, x: torch.Tensor) -> Any:

@@ -107,6 +107,38 @@ def test_one_graph_decodes_all_of_a_generate(graphs, shape, inner):
     assert not graphs, "another prompt of that length compiles nothing"
 
 
+def test_cuda_graphs_are_for_decode_steps_of_one_size(monkeypatch):
+    """Which graphs may be recorded with mode="reduce-overhead", which a CPU leaves out."""
+    asked, compile_graph = [], backend_module.compile_with_inductor
+
+    def watch(gm, example_inputs, mode, records=True):
+        names = {str(node.target) for node in gm.graph.nodes}
+        kinds = {"select_tokens": "prefill", "decode_attention": "decode"}
+        asked.append((next((kind for part, kind in kinds.items() if any(part in n for n in names)), "other"), records))
+        return compile_graph(gm, example_inputs, mode, records)
+
+    monkeypatch.setattr(backend_module, "compile_with_inductor", watch)
+    grew = []
+    monkeypatch.setattr(backend_module, "_warn_of_a_cache_that_grows", grew.append)
+    f = compiled(keep_ratio=0.5, policy="paper", inner="inductor", mode="reduce-overhead")
+    got = run(f, inputs(text=20), 5, **STATIC)
+    assert set(asked) == {("prefill", False), ("decode", True), ("other", True)} and not grew
+    del asked[:]
+    assert_same(got, run(f, inputs(text=20), 5))
+    assert ("decode", False) in asked and ("decode", True) not in asked and set(grew) == {"reduce-overhead"}
+
+
+@pytest.mark.parametrize(("mode", "says"), [("reduce-overhead", 1), ("default", 0)])
+def test_on_a_gpu_it_is_said_that_a_growing_cache_is_not_recorded(monkeypatch, mode, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend_module._warn_of_a_cache_that_grows.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            backend_module._warn_of_a_cache_that_grows(mode)
+    assert sum("records no decode steps over a KV cache that grows" in str(one.message) for one in said) == says
+
+
 def test_no_guard_of_a_decode_step_depends_on_the_step():
     f, x = compiled(tau=0.8), inputs(text=20)
     run(f, x, 3, **STATIC)

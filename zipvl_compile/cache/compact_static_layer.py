@@ -47,7 +47,7 @@ class CompactStaticLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         # `generate` makes a cache as long as the longest one before; what is kept here needs no such room.
-        super().__init__(min(max_cache_len, length_asked_of_generate() or max_cache_len), **kwargs)
+        super().__init__(length_asked_of_generate(max_cache_len), **kwargs)
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -76,6 +76,8 @@ class CompactStaticLayer(StaticLayer):
         self.value_buffer = self._assigned(value)
 
     def _in_use(self, buffer: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # such as keys of an encoder's tokens, which nothing is added to
+            return ops.kv_view(buffer, self.where, self.max_cache_len, self.max_cache_len, self.held)
         held = Held(self.positions, self.prompt_length, int(self.cumulative_length))  # type: ignore[arg-type]
         return mark(buffer[:, :, : self.cached_length].clone(), held)
 
