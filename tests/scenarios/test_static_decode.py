@@ -344,6 +344,17 @@ def test_a_prompt_that_is_longer_than_the_cache():
         filled(f, room=-10)
 
 
+def test_a_prompt_of_one_token_is_left_to_transformers():
+    f = tiny_llama.compiled(keep_ratio=0.5)
+    cache, plain = filled(f, 1), filled(tiny_llama.model(), 1)
+    assert all(layer.where is None for layer in cache.layers)
+    for m in (1, 1, 3):
+        tokens = tiny_llama.prompt(m, seed=m)
+        torch.testing.assert_close(
+            decoded(f, cache, tokens), decoded(tiny_llama.model(), plain, tokens), atol=2e-5, rtol=1e-4
+        )
+
+
 def test_a_prompt_that_stays_dense():
     f = tiny_llama.compiled(min_tokens=1000)
     cache, plain = filled(f), filled(tiny_llama.model())

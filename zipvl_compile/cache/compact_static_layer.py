@@ -118,7 +118,7 @@ class CompactStaticLayer(StaticLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys a mask is over, and where the first of them stands."""
-        if not self.is_initialized and torch.compiler.is_compiling() and tracing_for_zipvl():
+        if query_length > 1 and not self.is_initialized and torch.compiler.is_compiling() and tracing_for_zipvl():
             return query_length, 0
         return super().get_mask_sizes(query_length)
 
@@ -143,7 +143,8 @@ class CompactStaticLayer(StaticLayer):
                     f"cache: expected a prompt of at most {self.max_cache_len} tokens, the length of this static "
                     f"cache, got {key_states.shape[2]}. Pass a greater max_cache_len, or max_new_tokens."
                 )
-            if traced and tracing_for_zipvl():
+            # Nothing is dropped of one token, such as the first of a decoder beside an encoder.
+            if key_states.shape[2] > 1 and traced and tracing_for_zipvl():
                 return self._prefill(key_states, value_states)
             if not traced:
                 check_generate_is_compiled()
