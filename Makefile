@@ -20,7 +20,7 @@ test: $(STAMP)
 # Every family of models through everything; writes docs/models.md.
 test-models: $(STAMP)
 	rm -rf build/families
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m models tests/models/test_families.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m models tests/models
 	$(BIN)/python tests/families/table.py
 
 # glibc gives buffers of over 32 MB back to the system at once and takes them anew, which slows long prompts; with these
