@@ -153,6 +153,26 @@ class WithRoomCall(OpCall):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FixedRowsCall(OpCall):
+    operator = ops.fixed_rows.default
+    x: Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPositionsCall(OpCall):
+    operator = ops.fixed_positions.default
+    positions: Node
+    prompt_length: Any
+    room: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCountCall(OpCall):
+    operator = ops.row_count.default
+    positions: Node
+
+
+@dataclass(frozen=True, kw_only=True)
 class HidingRowsCall(OpCall):
     operator = ops.hiding_rows.default
     mask: Node

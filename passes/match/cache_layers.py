@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from zipvl_compile.kernels.ops import ops
-from zipvl_compile.passes.graph.graph import is_call
-from zipvl_compile.passes.graph.op_calls import GatherTokensCall, KVViewCall, TokenPositionsCall
+from zipvl_compile.passes.graph.op_calls import (
+    FixedPositionsCall,
+    FixedRowsCall,
+    GatherTokensCall,
+    KVViewCall,
+    RowCountCall,
+    TokenPositionsCall,
+)
 from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.match.attention_site import Attention
 from zipvl_compile.passes.tokenwise.backward_slice import TokenRows
@@ -37,16 +42,16 @@ def only_cached(marker: Node) -> bool:
 def of_fixed_size(marker: Node) -> list[Node]:
     """Return the calls that make what a static layer stores of a prompt, in order; none where it is no static layer."""
     found = [user for user in marker.users if _fixes(user)]
-    below = [one for call in found if is_call(call, ops.fixed_positions) for one in call.users]
+    below = [one for call in found if FixedPositionsCall.matches(call) for one in call.users]
     kept = [user for gather in gathers(marker) for user in gather.node.users if _fixes(user)]  # type: ignore[union-attr]
     return sorted({*found, *below, *kept} - {marker.graph.output_node()})
 
 
 def _fixes(user: Node) -> bool:
     """Return whether a call makes what a static layer stores, which nothing but the graph's outputs reads."""
-    if any(is_call(user, kind) for kind in (ops.fixed_rows, ops.row_count)):
+    if FixedRowsCall.matches(user) or RowCountCall.matches(user):
         return all(one.op == "output" for one in user.users)
-    return is_call(user, ops.fixed_positions) and all(map(_fixes, user.users))
+    return FixedPositionsCall.matches(user) and all(map(_fixes, user.users))
 
 
 def filled_by(graph: Graph, attentions: list[Attention]) -> dict[Node, tuple[Attention, Node]]:
