@@ -127,6 +127,7 @@ def test_every_operator_is_known():
     assert {f"zipvl::{name}" for name in OPERATORS} <= {
         *FORMULAS,
         *FREE,
+        "zipvl::decode_attention_torch",
         "zipvl::probe_rows",
         "zipvl::token_scores_torch",
     }
