@@ -28,6 +28,15 @@ def _(keys, values, k, v, at):
     return None
 
 
+def write_rows(
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: int | torch.Tensor
+) -> None:
+    """Write new tokens into buffers, in place, by operations that a compiler sees; `at` may be a tensor, int64 `[]`."""
+    rows = at + torch.arange(k.shape[2], device=k.device)
+    keys.index_copy_(2, rows, k)
+    values.index_copy_(2, rows, v)
+
+
 @triton.jit
 def _append_kernel(
     keys, values, k, v, at, m, stride_Kb, stride_Kh, stride_Kn, stride_Vb, stride_Vh, stride_Vn,
@@ -49,9 +58,7 @@ def _append_tokens(
 ) -> None:
     if not (use_triton("append_tokens", kernel_, keys, values) and keys.stride(-1) == values.stride(-1) == 1):
         if is_traced(keys) and not keys.is_cuda:  # Inductor writes in place what it would call us for
-            rows = at + torch.arange(k.shape[2], device=k.device)
-            keys.index_copy_(2, rows, k)
-            values.index_copy_(2, rows, v)
+            write_rows(keys, values, k, v, at)
             return
         torch.ops.zipvl.append_tokens_torch(keys, values, k, v, at)
         return

@@ -67,6 +67,8 @@ def _decode_kernel(
         if MASK != 0:  # the mask knows tokens by where they stand in the sequence
             kept = tl.load(positions + column, mask=column < P, other=0)
             where = tl.where(column < P, kept, wide - P + prompt_length)
+            if HELD:  # a bucket may have more rows than the mask has columns
+                where = tl.minimum(where, prompt_length - 1)
             if ROW:
                 pointers = mask + where * stride_mk
             else:
@@ -135,10 +137,9 @@ def _decode_attention(
     tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
     out = empty_output(q, values)
     launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
-        q, keys, values, positions, partial=partial, tops=tops, totals=totals,
-        held=q if held is None else held, P=positions.shape[2],
-        prompt_length=prompt_length, length=length, part=part, m=m, scale=width**-0.5 if scale is None else scale,
-        softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width,
+        q, keys, values, positions, partial=partial, tops=tops, totals=totals, held=q if held is None else held,
+        P=positions.shape[2], prompt_length=prompt_length, length=length, part=part, m=m,
+        scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width,
         DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
         BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, HELD=held is not None,
         num_warps=4, num_stages=tiles.pipelined(3),

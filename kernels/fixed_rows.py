@@ -1,6 +1,7 @@
 """Tensors of a cache layer whose sizes stay the same while tokens are added, and what decoding asks on the device.
 
-    fixed_rows(x [B, .., P + room, ..])                      a marker: the backend gives it the size of a bucket
+    fixed_rows(x [B, .., P + room, ..])                      a marker: the backend gives it the size of a bucket, and
+                                                             lets CUDA graphs write into it
     fixed_positions(positions [B, G, P], prompt, room)       [B, G, P + room]: where each row stands, also those to come
     row_count(positions)                                     []: P
 
@@ -48,14 +49,17 @@ def bucket(rows: int) -> int:
 
 
 def into_bucket(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor `[B, H, C, ..]` with the rows that its bucket has.
+    """Return a tensor with the rows that its bucket has.
 
     Args:
-        x: `[B, H, C, D]`, keys or values, or int64 `[B, G, C]`, where rows stand: those behind them count on.
+        x: `[B, H, C, D]`, keys or values, or int64 `[B, G, C]`, where rows stand: those behind them count on; a number
+            `[]` stays as it is.
 
     Raises:
         ValueError: x of another rank.
     """
+    if x.dim() == 0:
+        return x
     if x.dim() not in (3, 4):
         fail("into_bucket", "x", "a [batch, heads, rows, head_dim] or [batch, groups, rows] tensor", list(x.shape),
              "Reshape it.")  # fmt: skip
@@ -69,7 +73,7 @@ def into_bucket(x: torch.Tensor) -> torch.Tensor:
 
 
 def fixed_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x, which the graph that is traced is to return with the size of a bucket."""
+    """Return x, which the graph that is traced is to return with the size of a bucket, for good."""
     return torch.ops.zipvl.fixed_rows(x)
 
 

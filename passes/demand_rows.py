@@ -46,9 +46,9 @@ from zipvl_compile.passes.match.reasons import fault
 from zipvl_compile.passes.match.sites import Sites
 from zipvl_compile.passes.prefill.last_row import LAST, attend_last
 from zipvl_compile.passes.settings import Settings
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes, every_axis
 from zipvl_compile.passes.tokenwise.backward_slice import Cone
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.row_select import Slice, one_sample
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for
 

@@ -25,9 +25,9 @@ from zipvl_compile.passes.graph.experts import RoutedExperts
 from zipvl_compile.passes.graph.graph import erase_unread
 from zipvl_compile.passes.graph.graph import replace as replace_node
 from zipvl_compile.passes.graph.reading import example
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Cone, multiplies
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.residual_stream import LayerEnd, find
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for

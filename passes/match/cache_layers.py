@@ -41,17 +41,16 @@ def only_cached(marker: Node) -> bool:
 
 def of_fixed_size(marker: Node) -> list[Node]:
     """Return the calls that make what a static layer stores of a prompt, in order; none where it is no static layer."""
-    found = [user for user in marker.users if _fixes(user)]
-    below = [one for call in found if FixedPositionsCall.matches(call) for one in call.users]
-    kept = [user for gather in gathers(marker) for user in gather.node.users if _fixes(user)]  # type: ignore[union-attr]
-    return sorted({*found, *below, *kept} - {marker.graph.output_node()})
+    sources = [marker, *(gather.node for gather in gathers(marker))]
+    found = {user for source in sources for user in source.users if _fixes(user)}  # type: ignore[union-attr]
+    return sorted(found | {one for call in found for one in call.users if one.op != "output"})
 
 
 def _fixes(user: Node) -> bool:
     """Return whether a call makes what a static layer stores, which nothing but the graph's outputs reads."""
-    if FixedRowsCall.matches(user) or RowCountCall.matches(user):
-        return all(one.op == "output" for one in user.users)
-    return FixedPositionsCall.matches(user) and all(map(_fixes, user.users))
+    if FixedPositionsCall.matches(user) or RowCountCall.matches(user):
+        return all(map(_fixes, user.users))
+    return FixedRowsCall.matches(user) and all(one.op == "output" for one in user.users)
 
 
 def filled_by(graph: Graph, attentions: list[Attention]) -> dict[Node, tuple[Attention, Node]]:

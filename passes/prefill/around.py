@@ -11,7 +11,7 @@ from zipvl_compile.passes.graph.op_calls import (
     TokenScoresCall,
     WindowAttentionCall,
 )
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.row_select import one_sample
 
 KINDS = (SparseAttentionCall, DecodeAttentionCall, WindowAttentionCall)

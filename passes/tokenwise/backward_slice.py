@@ -35,8 +35,8 @@ from zipvl_compile.passes.graph.reading import (
     spelled,
     written,
 )
+from zipvl_compile.passes.tokenwise.axes import Axes, reshaped
 from zipvl_compile.passes.tokenwise.axis_rules import FRESH, SIZED, Mixes, aligned
-from zipvl_compile.passes.tokenwise.joined_axes import Axes, reshaped
 from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 
 

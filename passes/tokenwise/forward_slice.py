@@ -32,9 +32,9 @@ from zipvl_compile.passes.graph.reading import (
     spelled,
 )
 from zipvl_compile.passes.tokenwise import row_values
+from zipvl_compile.passes.tokenwise.axes import Axes, reshaped
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import copy_for_rows, multiplies, reads_size
-from zipvl_compile.passes.tokenwise.joined_axes import Axes, reshaped
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
 from zipvl_compile.passes.tokenwise.row_values import ZERO, Interval
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast

@@ -24,10 +24,10 @@ from torch.fx import Node
 from zipvl_compile.passes.graph.graph import propagate
 from zipvl_compile.passes.graph.op_kinds import Tokens, Values
 from zipvl_compile.passes.graph.reading import arguments, example, holds_tensors, is_op, of, same_shape, spelled
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import reads_size
 from zipvl_compile.passes.tokenwise.forward_slice import follow, summands
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.sole_readers import under_autocast
 
 END = "the hidden state leaves the graph"

@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from zipvl_compile.passes.graph.graph import insert_call, size
 from zipvl_compile.passes.graph.op_calls import TokenPositionsCall
 from zipvl_compile.passes.graph.reading import example, spelled
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 
 _ALL = slice(None)
 

@@ -14,9 +14,9 @@ from zipvl_compile.passes.graph.graph import erase_unread, replace, undone_on_er
 from zipvl_compile.passes.graph.private import ENTER_AUTOCAST, EXIT_AUTOCAST
 from zipvl_compile.passes.graph.reading import changed_in_place, spelled
 from zipvl_compile.passes.tokenwise import backward_slice
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import Cone, multiplies, reads_size
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared
 from zipvl_compile.passes.tokenwise.split_projections import split_above
 

@@ -28,6 +28,11 @@ def test_keys_get_rows_of_zeros_and_positions_count_on(rows):
     assert torch.equal(where[1, 0], torch.arange(7, 7 + size) if rows else torch.arange(size))
 
 
+def test_a_number_stays_as_it_is():
+    count = torch.tensor(7)
+    assert into_bucket(count) is count
+
+
 def test_other_tensors_are_refused():
     with pytest.raises(ValueError, match="into_bucket: x: expected a"):
         into_bucket(torch.zeros(2, 9))

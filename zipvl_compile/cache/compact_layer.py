@@ -17,6 +17,7 @@ from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
 from zipvl_compile.cache.later_parts import compact_again, continued
+from zipvl_compile.cache.two_buffers import TwoBuffers
 from zipvl_compile.gradients import tracing_for_zipvl
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
@@ -24,7 +25,7 @@ from zipvl_compile.kernels.token_positions import cached_positions
 from zipvl_compile.passes.match.attention_site import PART_TOKENS
 
 
-class CompactLayer(DynamicLayer):
+class CompactLayer(TwoBuffers, DynamicLayer):
     """Keys and values of one decoder layer, compacted after prefill.
 
     Attributes:
@@ -38,35 +39,15 @@ class CompactLayer(DynamicLayer):
     """
 
     _layer_type = "full_attention"
-    key_buffer: torch.Tensor = None  # type: ignore[assignment]
-    value_buffer: torch.Tensor = None  # type: ignore[assignment]
+    of_samples = ("key_buffer", "value_buffer", "positions")
     positions: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
     cumulative_length: int = 0
     borrowed: bool = False
     lent: bool = False
 
-    # transformers reads and assigns `keys` and `values`; they are the rows of the buffers that are in use.
-    @property
-    def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the cached keys `[B, Hkv, cached_length, D]`: kept prompt tokens, then every later token.
-
-        Where tokens were dropped this is a `KeptTensor`, which knows it.
-        """
-        return self.key_buffer if self.positions is None else self._in_use(self.key_buffer)
-
-    @keys.setter
-    def keys(self, value: torch.Tensor) -> None:
-        self.key_buffer = value if self.positions is None else self._assigned("keys", value)
-
-    @property
-    def values(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the cached values `[B, Hkv, cached_length, Dv]`, as `keys`."""
-        return self.value_buffer if self.positions is None else self._in_use(self.value_buffer)
-
-    @values.setter
-    def values(self, value: torch.Tensor) -> None:
-        self.value_buffer = value if self.positions is None else self._assigned("values", value)
+    def _shown(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer if self.positions is None else self._in_use(buffer)
 
     def _in_use(self, buffer: torch.Tensor) -> torch.Tensor:
         rows = buffer[:, :, : self.cached_length]
@@ -79,11 +60,13 @@ class CompactLayer(DynamicLayer):
         return Held(self.positions, self.prompt_length, self.cumulative_length)
 
     def _assigned(self, name: str, value: Any) -> Any:
-        """Prepare a compacted layer for other keys or values, and return them as the layer stores them.
+        """Prepare a compacted layer for other keys or values, and return them as a layer stores them.
 
         Raises:
             ValueError: tokens were dropped, and it cannot be told which ones the new tensor is of.
         """
+        if self.positions is None:
+            return value
         if value is None or self.holds_every_token:
             self._forget_prompt()
             return value
@@ -227,20 +210,6 @@ class CompactLayer(DynamicLayer):
         vars(new).update(vars(self))
         return new
 
-    def offload(self) -> None:
-        """Move the buffers to the CPU, with their spare rows."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move the buffers back to the device of the layer."""
-        if self.is_initialized and self.key_buffer.device != self.device:
-            self._move(self.device)
-
-    def _move(self, device: Any) -> None:
-        if self.is_initialized:
-            self.key_buffer = self.key_buffer.to(device, non_blocking=True)
-            self.value_buffer = self.value_buffer.to(device, non_blocking=True)
-
     def reset(self) -> None:
         """Empty the layer."""
         super().reset()
@@ -280,20 +249,3 @@ class CompactLayer(DynamicLayer):
             self.prompt_length = n
         self.cumulative_length = n
         self.borrowed = self.borrowed or self.lent
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Select samples by `beam_idx`, for beam search."""
-        self._for_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample `repeats` times."""
-        self._for_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the samples at `indices`."""
-        self._for_batch(lambda x: x[indices, ...])
-
-    def _for_batch(self, change) -> None:
-        if self.get_seq_length() > 0:
-            self.key_buffer, self.value_buffer = change(self.key_buffer), change(self.value_buffer)
-            self.positions = None if self.positions is None else change(self.positions)

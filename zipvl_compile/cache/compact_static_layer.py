@@ -20,13 +20,15 @@ from transformers.cache_utils import StaticLayer
 from zipvl_compile.cache.buffers import check_continues
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled
 from zipvl_compile.cache.kept_tensor import Held, mark
+from zipvl_compile.cache.two_buffers import TwoBuffers
 from zipvl_compile.compiling import generates_for_zipvl, length_asked_of_generate
 from zipvl_compile.gradients import tracing_for_zipvl
+from zipvl_compile.kernels.append_tokens import write_rows
 from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
 
 
-class CompactStaticLayer(StaticLayer):
+class CompactStaticLayer(TwoBuffers, StaticLayer):
     """Keys and values of one decoder layer, compacted after prefill, in tensors of fixed size.
 
     Attributes:
@@ -39,8 +41,7 @@ class CompactStaticLayer(StaticLayer):
     """
 
     _layer_type = "full_attention"
-    key_buffer: torch.Tensor = None  # type: ignore[assignment]
-    value_buffer: torch.Tensor = None  # type: ignore[assignment]
+    of_samples = ("key_buffer", "value_buffer", "where")
     where: torch.Tensor = None  # type: ignore[assignment]
     held: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
@@ -57,23 +58,8 @@ class CompactStaticLayer(StaticLayer):
         """
         return self.is_initialized or torch.compiler.is_compiling() or not generates_for_zipvl()
 
-    @property
-    def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the keys: of a compacted layer the rows in use, `[B, Hkv, held, D]`, for which the device is read."""
-        return self.key_buffer if self.where is None else self._in_use(self.key_buffer)
-
-    @keys.setter
-    def keys(self, value: torch.Tensor) -> None:
-        self.key_buffer = self._assigned(value)
-
-    @property
-    def values(self) -> torch.Tensor:  # type: ignore[override]
-        """Return the values, as `keys`."""
-        return self.value_buffer if self.where is None else self._in_use(self.value_buffer)
-
-    @values.setter
-    def values(self, value: torch.Tensor) -> None:
-        self.value_buffer = self._assigned(value)
+    def _shown(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer if self.where is None else self._in_use(buffer)
 
     def _in_use(self, buffer: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # such as keys of an encoder's tokens, which nothing is added to
@@ -81,10 +67,10 @@ class CompactStaticLayer(StaticLayer):
         held = Held(self.positions, self.prompt_length, int(self.cumulative_length))  # type: ignore[arg-type]
         return mark(buffer[:, :, : self.cached_length].clone(), held)
 
-    def _assigned(self, value: torch.Tensor) -> torch.Tensor:
+    def _assigned(self, name: str, value: Any) -> Any:
         if self.where is not None:
             raise ValueError(
-                "cache: expected the keys and values of a compacted static cache to be left alone, got others. Copy "
+                f"{name}: expected those of a compacted static cache to be left alone, got others. Copy "
                 "the cache as a whole with copy.deepcopy(cache), or leave cache_implementation='static' out."
             )
         return value
@@ -157,8 +143,8 @@ class CompactStaticLayer(StaticLayer):
         self.key_buffer = ops.fixed_rows(ops.gather_tokens(k, positions, room))
         self.value_buffer = ops.fixed_rows(ops.gather_tokens(v, positions, room))
         self.where = ops.fixed_rows(ops.fixed_positions(positions, n, room))
-        self.held = ops.row_count(positions)
-        self.cumulative_length = torch.full((), n, dtype=torch.int64, device=k.device)
+        self.held = ops.fixed_rows(ops.row_count(positions))
+        self.cumulative_length = ops.fixed_rows(torch.full((), n, dtype=torch.int64, device=k.device))
         self.batch_size, self.num_heads = k.shape[:2]
         self.k_head_dim, self.v_head_dim = k.shape[3], v.shape[3]
         self.device, self.is_initialized, self.prompt_length = k.device, True, n
@@ -172,12 +158,9 @@ class CompactStaticLayer(StaticLayer):
         return ops.kv_view(self.key_buffer, *where), ops.kv_view(self.value_buffer, *where)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        m = k.shape[2]
-        rows = self.held + torch.arange(m, device=k.device)
-        self.key_buffer.index_copy_(2, rows, k)
-        self.value_buffer.index_copy_(2, rows, v)
-        self.held.add_(m)
-        self.cumulative_length.add_(m)
+        write_rows(self.key_buffer, self.value_buffer, k, v, self.held)
+        self.held.add_(k.shape[2])
+        self.cumulative_length.add_(k.shape[2])
 
     def _update_outside(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, and give every token to attention that zipvl did not rewrite, where nothing was dropped."""
@@ -221,34 +204,7 @@ class CompactStaticLayer(StaticLayer):
         vars(new).update({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()})
         return new
 
-    def offload(self) -> None:
-        """Move the buffers to the CPU."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move the buffers back to the device of the layer."""
-        if self.is_initialized and self.key_buffer.device != self.device:
-            self._move(self.device)
-
-    def _move(self, device: Any) -> None:
-        if self.is_initialized:
-            self.key_buffer = self.key_buffer.to(device, non_blocking=True)
-            self.value_buffer = self.value_buffer.to(device, non_blocking=True)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Select samples by `beam_idx`, for beam search."""
-        self._for_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample `repeats` times."""
-        self._for_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the samples at `indices`."""
-        self._for_batch(lambda x: x[indices, ...])
-
     def _for_batch(self, change: Any) -> None:
+        super()._for_batch(change)
         if self.is_initialized:
-            self.key_buffer, self.value_buffer = change(self.key_buffer), change(self.value_buffer)
-            self.where = None if self.where is None else change(self.where)  # type: ignore[assignment]
             self.batch_size = self.key_buffer.shape[0]

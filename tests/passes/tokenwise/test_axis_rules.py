@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from zipvl_compile.passes.graph.graph import size
 from zipvl_compile.passes.tokenwise import backward_slice as token_rows
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample, Shared, Slice
 from zipvl_compile.passes.tokenwise.token_axis import axis_below, carried
 

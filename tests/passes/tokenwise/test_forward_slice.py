@@ -7,9 +7,9 @@ from support.graph_modules import trace
 
 from zipvl_compile.passes.graph.reading import is_op, spelled
 from zipvl_compile.passes.tokenwise import forward_slice
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
 from zipvl_compile.passes.tokenwise.backward_slice import find
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.sole_readers import computed_only_for, under_autocast
 from zipvl_compile.passes.tokenwise.split_projections import pieces, split, split_above
 

@@ -5,8 +5,8 @@ import torch
 from support.hidden_states import RATIO, Stack, hidden_states
 
 from zipvl_compile.passes.graph.reading import is_op
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.residual_stream import END, NO_RESIDUAL, find
 
 

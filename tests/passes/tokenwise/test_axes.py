@@ -8,8 +8,8 @@ from support.graph_modules import trace
 from zipvl_compile.passes.graph.graph import size
 from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.tokenwise import backward_slice, forward_slice
+from zipvl_compile.passes.tokenwise.axes import Axes
 from zipvl_compile.passes.tokenwise.axis_rules import Mixes
-from zipvl_compile.passes.tokenwise.joined_axes import Axes
 from zipvl_compile.passes.tokenwise.row_select import OfEachSample
 
 B, N, WIDTH = 3, 5, 4
