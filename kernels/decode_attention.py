@@ -139,10 +139,10 @@ def _decode_attention(
     launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
         q, keys, values, positions, partial=partial, tops=tops, totals=totals, held=q if held is None else held,
         P=positions.shape[2], prompt_length=prompt_length, length=length, part=part, m=m,
-        scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values), **tiles.mask_arguments(mask, q), D=width,
-        DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads, GROUPS=positions.shape[1], CAPPED=softcap is not None,
-        BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, HELD=held is not None,
-        num_warps=4, num_stages=tiles.pipelined(3),
+        scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values),
+        **tiles.mask_arguments(mask, q), D=width, DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads,
+        GROUPS=positions.shape[1], CAPPED=softcap is not None, BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d,
+        BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, HELD=held is not None, num_warps=4, num_stages=tiles.pipelined(3),
     )  # fmt: skip
     launchable(_join_kernel, q)[(batch * heads * m,)](
         partial, tops, totals, out, splits, m, **tiles.strides(o=out), DV=width_v,

@@ -197,7 +197,7 @@ def test_every_shape(implementation, cases, shape, dtype):
     assert out.transpose(1, 2).is_contiguous()
 
 
-def as_static(given, more=5):
+def as_static(given, more):
     """Return the arguments for buffers whose number of tokens is a tensor, with masks over `more` tokens to come.
 
     Rows to come hold finite numbers there, as a layer has them from the start.
@@ -212,13 +212,15 @@ def as_static(given, more=5):
     return (q, k, v, where, most, most, mask), {"held": torch.tensor(held)}
 
 
-@pytest.mark.parametrize("programs", [1, 8, 1024], ids=["one-part", "some-parts", "usual"])
+@pytest.mark.parametrize(
+    ("programs", "more"), [(1, 5), (8, 5), (1024, 5), (8, 0)], ids=["one-part", "some-parts", "usual", "no-more"]
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_number_of_tokens_that_only_the_device_knows(implementation, cases, monkeypatch, shape, programs):
+def test_a_number_of_tokens_that_only_the_device_knows(implementation, cases, monkeypatch, shape, programs, more):
     monkeypatch.setattr(module, "PROGRAMS", programs)
     given_ = inputs(cases, SHAPES[shape], implementation.finest)
     expected = implementation.run(decode_attention, *given_)
-    arguments, counted = as_static(given_)
+    arguments, counted = as_static(given_, more)
     got = implementation.run(decode_attention, *arguments, **counted)
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
     if implementation.name == "interpreted":

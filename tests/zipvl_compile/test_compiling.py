@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 import zipvl_compile
 from zipvl_compile.cache.hf_names import cache_of
-from zipvl_compile.compiling import generating_modules, uncompiled_generate
+from zipvl_compile.compiling import generating_modules, length_asked_of_generate, uncompiled_generate
 from zipvl_compile.dynamo import in_place_for_zipvl
 from zipvl_compile.report.compile_report import collect
 
@@ -188,3 +188,25 @@ def test_generate_of_a_wrapper_is_named_once():
     assert 'Use model.compile(backend="zipvl")' in f.told
     wrapped.generate()
     assert f.told is None
+
+
+def _prepare_static_cache(max_cache_len, made, before=1, **local):
+    """Ask as transformers' function of this name does, with its local variables."""
+    effective_length = max(max_cache_len, before)
+    if local:
+        cache = local  # of the decoder's own tokens; the next is for an encoder's
+        return length_asked_of_generate(made), effective_length, cache
+    return length_asked_of_generate(made), effective_length
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "before", "expected"),
+    [(40, 40, 1, 40), (40, 900, 900, 40), (900, 900, 40, 900), (40, 33, 900, 33)],
+)
+def test_a_static_cache_is_as_long_as_this_generate_needs_it(asked, made, before, expected):
+    assert _prepare_static_cache(asked, made, before)[0] == expected
+
+
+def test_a_cache_of_an_encoders_tokens_and_one_of_ones_own_are_as_long_as_they_are_made():
+    assert _prepare_static_cache(40, 900, 900, decoder=True)[0] == 900
+    assert length_asked_of_generate(900) == 900
