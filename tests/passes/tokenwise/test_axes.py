@@ -16,6 +16,7 @@ from zipvl_compile.passes.tokenwise.row_select import OfEachSample
 B, N, WIDTH = 3, 5, 4
 X = torch.randn(B, N, WIDTH, dtype=torch.float64)
 W = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+WIDE = torch.randn(N, WIDTH, dtype=torch.float64)  # to as many features as there are tokens
 INDEX = torch.tensor([[0, 4], [3, 1], [2, 2]])
 
 FLAT = {
@@ -73,6 +74,10 @@ NEAR_MISSES = {
         APART,
     ),
     "parted as others": (lambda x: x.view(-1, WIDTH).cos().view(N, B, WIDTH).transpose(0, 1), APART),
+    "tokens before samples": (
+        lambda x: F.linear(x, WIDE).transpose(0, 1).reshape(N, B * N).cos().view(N, B, N).transpose(0, 1),
+        APART,
+    ),
     "features, too": (lambda x: x.view(-1).cos().view(B, N, WIDTH), APART),
     "mixed while joined": (lambda x: x.view(-1, WIDTH).cumsum(0).view(B, N, WIDTH), "'cumsum' may mix tokens"),
     "changed in place": (lambda x: x.cos().view(-1, WIDTH).mul_(2).view(B, N, WIDTH), "in place"),
