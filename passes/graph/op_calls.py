@@ -10,66 +10,15 @@ The fields have the names of the operators' schemas, in their order.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from torch.fx import Graph, Node
-from typing_extensions import Self
+from torch.fx import Node
 
 from zipvl_compile.kernels.ops import ops
-from zipvl_compile.passes.graph.graph import calls, insert_call, is_call
+from zipvl_compile.passes.graph.graph import insert_call
+from zipvl_compile.passes.graph.op_call import OpCall
 from zipvl_compile.passes.graph.private import OpOverload
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpCall:
-    """A call of one operator, in a graph where `node` is given."""
-
-    operator: ClassVar[OpOverload]
-    node: Node | None = field(default=None, compare=False)
-
-    @classmethod
-    def matches(cls, node: Any) -> bool:
-        """Return whether a node calls this operator."""
-        return is_call(node, cls.operator)
-
-    @classmethod
-    def all(cls, graph: Graph) -> list[Self]:
-        """Return the calls of a graph, in order."""
-        return [cls.read(node) for node in calls(graph, cls.operator)]
-
-    @classmethod
-    def read(cls, node: Any) -> Self:
-        """Return the call that a node makes.
-
-        Raises:
-            TypeError: the node calls something else.
-        """
-        if not cls.matches(node):
-            raise TypeError(f"node: expected a call of {cls.operator}, got {getattr(node, 'target', node)}.")
-        return cls(node=node, **dict(zip(cls.names(), node.args, strict=False)), **node.kwargs)
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Return the names of the operator's arguments, in order."""
-        return [one.name for one in fields(cls) if one.name != "node"]
-
-    def insert(self, before: Node) -> Node:
-        """Insert the call before a node."""
-        return insert_call(before, self.operator, self._arguments(), self._choice())
-
-    def write(self) -> None:
-        """Give the node these arguments; its fake value stays."""
-        assert self.node is not None
-        self.node.args, self.node.kwargs = self._arguments(), {**self._choice()}
-
-    def _arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.names() if name != "kernel_")
-
-    def _choice(self) -> dict[str, str]:
-        """Return the implementation as a keyword, where `choose_kernels` has written one."""
-        kernel = getattr(self, "kernel_", "auto")
-        return {} if kernel == "auto" else {"kernel_": kernel}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +147,22 @@ class KVViewCall(OpCall):
     def layer(self) -> tuple[Any, ...]:
         """Return what the views of one cache layer share."""
         return (self.positions, self.prompt_length, self.n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherTokensCall(OpCall):
+    operator = ops.other_tokens.default
+    positions: Node
+    n: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseTokensCall(OpCall):
+    operator = ops.quantise_tokens.default
+    x: Node
+    positions: Node
+    bits: int
+    per: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,3 +42,16 @@ def poisoned(request, monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def unbacked():
+    """Return a compiler of functions in which sizes may depend on data; nothing that disk remembers is used."""
+
+    def compiled(function, inner="aot_eager"):
+        torch._dynamo.reset()
+        return torch.compile(function, backend=inner, fullgraph=True, dynamic=True)
+
+    patches = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with torch._dynamo.config.patch(**patches), torch.compiler.config.patch(force_disable_caches=True):
+        yield compiled

@@ -131,6 +131,17 @@ def test_sparse_attention(masked, queries, softcap):
     check(ops.sparse_attention.default, *given)
 
 
+def test_other_tokens():
+    check(ops.other_tokens.default, tensors()[3], 10)
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_quantise_tokens(dtype, per):
+    _, k, _, positions, _ = tensors(dtype)
+    check(ops.quantise_tokens.default, k, positions, 4, per)
+
+
 def test_append_tokens():
     _, k, v, _, _ = tensors()
     keys, values = torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 6)

@@ -7,7 +7,8 @@ import torch
 from torch.fx import Graph
 
 from zipvl_compile.kernels.ops import ops
-from zipvl_compile.passes.graph.op_calls import GatherTokensCall, OpCall, SelectTokensCall, TokenScoresCall, has_kernels
+from zipvl_compile.passes.graph.op_call import OpCall
+from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, has_kernels
 
 VIEWS = OpCall.__subclasses__()
 WRITTEN_BY_THE_CACHE_LAYER = {"append_tokens"}  # no pass looks at it
