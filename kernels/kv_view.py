@@ -19,8 +19,9 @@ UNREADABLE = (
 
 @torch.library.custom_op("zipvl::kv_view", mutates_args=())
 def _kv_view(
-    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None
-) -> torch.Tensor:
+    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None, scales: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     if held is not None:
         stands = int(positions[0, 0, int(held) - 1])
         if stands != int(held) - 1:
@@ -32,13 +33,14 @@ def _kv_view(
 
 
 @_kv_view.register_fake
-def _(buffer, positions, prompt_length, n, held=None):
+def _(buffer, positions, prompt_length, n, held=None, codes=None, scales=None):
     return buffer.new_empty(buffer.shape[0], buffer.shape[1], n, buffer.shape[3])
 
 
 def kv_view(
-    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None
-) -> torch.Tensor:
+    buffer: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int, held: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None, scales: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return a cache buffer at its logical length.
 
     Args:
@@ -48,6 +50,7 @@ def kv_view(
         n: logical length, prompt and later tokens.
         held: int64 `[]`, how many tokens the buffer holds, where only the device knows it; `positions` is then of every
             row, `[B, G, capacity]`, and `n` and `prompt_length` are the most tokens that there may be.
+        codes, scales: the other prompt tokens, see `quantise_tokens`, where the layer holds them so.
 
     Returns:
         `[B, Hkv, n, D]`, a copy.
@@ -55,4 +58,4 @@ def kv_view(
     Raises:
         RuntimeError: tokens were dropped, so that no tensor of that length exists.
     """
-    return torch.ops.zipvl.kv_view(buffer, positions, prompt_length, n, held)
+    return torch.ops.zipvl.kv_view(buffer, positions, prompt_length, n, held, codes, scales)

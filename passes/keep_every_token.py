@@ -57,7 +57,7 @@ def plain_layers(graph: Graph, gathers: list[GatherTokensCall]) -> set[Node]:
         for call in TokenPositionsCall.all(graph)
         if call.node is not None
         and cache_layers.only_cached(call.node)
-        and not cache_layers.of_fixed_size(call.node)
+        and not cache_layers.is_static(call.node)
         and (stored := cache_layers.gathers(call.node))
         and all(gather.node in taken for gather in stored)
         and example(call.k).shape[2] < LEAST
@@ -69,12 +69,15 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     gathers = find(graph)
     # Where the prompt was sparse (evict="keep"), decoding reads the full cache with our operators.
     plain = plain_layers(graph, gathers) - {site.layer for site in sites.prefill if site.rewritten}  # type: ignore[misc]
+    if settings.reselect_every:  # what is generated may be selected from
+        plain = set()
+    others = {node for positions in plain for node in cache_layers.followers(positions)}  # there are none
     for gather in gathers:
         assert gather.node is not None
         spare = 0 if gather.positions in plain else gather.spare
         replace(gather.node, WithRoomCall(x=gather.x, spare=spare).insert(gather.node))
         graph.erase_node(gather.node)
     output = graph.output_node()
-    output.args = map_arg(output.args, lambda node: None if node in plain else node)
-    for positions in plain:
-        graph.erase_node(positions)
+    output.args = map_arg(output.args, lambda node: None if node in plain | others else node)
+    for node in sorted(plain | others, reverse=True):
+        graph.erase_node(node)

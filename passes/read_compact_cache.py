@@ -11,6 +11,8 @@ After:
     append_tokens(key_buffer, value_buffer, k, v, at)
     out = decode_attention(q, key_buffer, value_buffer, positions, prompt_length, n, mask, scale, softcap)
 
+Where the layer holds the other prompt tokens at few bits, it is `decode_quantised`, which reads their codes, too.
+
 A static cache is read alike; how many tokens it holds is a tensor there, `held`, and n the most that there may be.
 
 Where the cache holds latents (MLA), keys and values are computed again from the latents in memory:
@@ -23,11 +25,11 @@ Source: decoding over the KV cache of important tokens, arXiv 2410.08584.
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, Node
 
+from zipvl_compile.passes.graph.evicted_calls import DecodeQuantisedCall
 from zipvl_compile.passes.graph.graph import erase_orphans, erase_unread, insert_call, size, undone_on_error
 from zipvl_compile.passes.graph.op_calls import DecodeAttentionCall, KVViewCall
 from zipvl_compile.passes.graph.reading import example
@@ -59,26 +61,36 @@ def refusal(attention: Attention) -> Reason | None:
 def rewrite(attention: Attention) -> Node:
     """Put `decode_attention` over the physical buffers in the place of the attention, and return its call."""
     views = views_above(attention)
-    call = DecodeAttentionCall(
-        q=attention.query, keys=views[0].buffer, values=views[-1].buffer, positions=views[0].positions,
-        prompt_length=views[0].prompt_length, n=views[0].n, scale=attention.scale, softcap=attention.softcap,
-        mask=attention.mask and four_axes(attention.mask, attention.node, attention.mask_hides), held=views[0].held,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "q": attention.in_its_dtype(attention.query), "positions": views[0].positions, "n": views[0].n,
+        "prompt_length": views[0].prompt_length, "scale": attention.scale, "softcap": attention.softcap,
+        "mask": attention.mask and four_axes(attention.mask, attention.node, attention.mask_hides),
+    }  # fmt: skip
+    keys, values = views[0].buffer, views[-1].buffer
     latents = None
     if not KVViewCall.matches(attention.key):
         nodes = [view.node for view in views if view.node is not None]
         latents = TokenRows(nodes).cone((attention.key, attention.value))
         keys, values = _computed_again(latents, attention, views[0])
-        call = replace(call, keys=keys, values=values)
-    out = replace(
-        call, q=attention.in_its_dtype(call.q), keys=attention.in_its_dtype(call.keys),
-        values=attention.in_its_dtype(call.values),
-    ).insert(attention.node)  # fmt: skip
+    shared |= {"keys": attention.in_its_dtype(keys), "values": attention.in_its_dtype(values)}
+    if views[0].codes is None:
+        out = DecodeAttentionCall(**shared, held=views[0].held).insert(attention.node)
+    else:
+        out = DecodeQuantisedCall(**shared, **_codes(attention, views)).insert(attention.node)
     attention.replace_with(out)
     if latents is not None:
         latents.erase()
         erase_orphans(view.node for view in views)
     return out
+
+
+def _codes(attention: Attention, views: list[KVViewCall]) -> dict[str, Any]:
+    """Return the other tokens of a layer as the operator takes them."""
+    found: dict[str, Any] = {}
+    for name, view in zip(("key", "value"), views, strict=True):
+        assert view.codes is not None and view.scales is not None
+        found |= {f"{name}_codes": view.codes, f"{name}_scales": attention.in_its_dtype(view.scales)}
+    return found
 
 
 def _computed_again(latents: Cone, attention: Attention, view: KVViewCall) -> list[Node]:

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule
 
 from zipvl_compile.cache import compact_layer as _kv_cache  # noqa: F401  (registers the cache layer)
 from zipvl_compile.cache import compact_static_layer as _static_kv_cache  # noqa: F401  (as above)
+from zipvl_compile.caches_apart import caches_apart
 from zipvl_compile.dynamo import (
     PAST_THE_LIMIT,
     allow_data_dependent_sizes,
@@ -35,7 +36,7 @@ from zipvl_compile.dynamo import (
 from zipvl_compile.gradients import gradients_matter
 from zipvl_compile.kernels.fixed_rows import into_bucket
 from zipvl_compile.kernels.ops import ops
-from zipvl_compile.options import ZipVLOptions
+from zipvl_compile.options import ZipVLOptions, check_fits_static_cache
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
 from zipvl_compile.passes.graph.op_calls import KVViewCall
 from zipvl_compile.passes.graph.reading import example
@@ -89,6 +90,8 @@ def zipvl(
     record(done)
     gm.recompile()
     fixed = _take_marks_of_size(gm)
+    if fixed:
+        check_fits_static_cache(parsed)
     cached, chosen = sorted({*_cache_outputs(gm)} - {*fixed}), _outputs_of(gm, ops.select_tokens)
     chooses = bool(calls(gm.graph, ops.select_tokens))
     fresh = chooses and not calls(dense.graph, ops.kv_view)  # else it reads a compacted cache, which no dense code can
@@ -158,7 +161,7 @@ def _cache_outputs(gm: GraphModule) -> list[int]:
     once more for every layer that happened to keep equally many tokens twice.
     """
     return _outputs_of(gm, ops.gather_tokens, ops.gather_kv, ops.with_room, ops.select_tokens, ops.token_positions,
-                       torch.take_along_dim)  # fmt: skip
+                       ops.to_host, ops.quantise_tokens, torch.take_along_dim)  # fmt: skip
 
 
 def _take_marks_of_size(gm: GraphModule) -> list[int]:
@@ -216,4 +219,5 @@ def _compile(
         return gm.forward
     if options.inner == "aot_eager":
         return compile_with_aot_eager(gm, example_inputs)
-    return compile_with_inductor(gm, example_inputs, options.mode, records)
+    with caches_apart():
+        return compile_with_inductor(gm, example_inputs, options.mode, records)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import hashlib
 import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -63,17 +61,28 @@ def zipvl_backend(backend: F) -> F:
 
 def is_zipvl(backend: Any) -> bool:
     """Return whether a backend is zipvl's, seen through what Dynamo, torch.compile and `partial` wrap around it."""
+    return getattr(_unwrapped(backend)[0], "is_zipvl", False) is True
+
+
+def arguments_of(backend: Any) -> dict[str, Any]:
+    """Return what the `torch.compile` call behind a backend passes to it by keyword: `options`, `mode`."""
+    return _unwrapped(backend)[1]
+
+
+def _unwrapped(backend: Any) -> tuple[Any, dict[str, Any]]:
     if not callable(backend):
-        return False
+        return None, {}
     backend = innermost_backend(backend)
     # In a DistributedDataParallel module, Dynamo hands graphs to the method of an optimizer, which splits them.
     splitter = getattr(backend, "__self__", None)
     if isinstance(splitter, DDPOptimizer):
         backend = innermost_backend(splitter.backend_compile_fn)
+    arguments = dict(getattr(backend, "kwargs", None) or {})
     backend = getattr(backend, "compiler_fn", backend)
     while isinstance(backend, functools.partial):
+        arguments = backend.keywords | arguments
         backend = backend.func
-    return getattr(backend, "is_zipvl", False) is True
+    return backend, arguments
 
 
 # ---- What Dynamo is doing right now
@@ -251,26 +260,7 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx  # as above
 
     patches = None if mode is None else inductor_modes()[mode] | ({} if records else {"triton.cudagraphs": False})
-    with _caches_apart():
-        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-def _caches_apart() -> AbstractContextManager[Any]:
-    """Return a context in which PyTorch's caches on disk know compiled code of this version of the operators alone.
-
-    They know operators by name, and hold what an operator of that name was taken apart into.
-    """
-    config: Any = torch.compiler.config
-    return config.patch(cache_key_tag=f"{config.cache_key_tag} zipvl {_operators()}")
-
-
-@functools.cache
-def _operators() -> str:
-    """Return a digest of the sources of the operators."""
-    found = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "kernels").rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def compile_with_aot_eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

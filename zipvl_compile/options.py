@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from zipvl_compile.dynamo import UserError, inductor_modes
-from zipvl_compile.passes.match.attention_site import PART_TOKENS
-from zipvl_compile.passes.policy import Policy, Score, Skip, Unselected
+from zipvl_compile.dynamo import UserError
+from zipvl_compile.option_checks import CHECKS, plain
+from zipvl_compile.passes.policy import Policy
 from zipvl_compile.passes.settings import Settings
-from zipvl_compile.policies import names as policy_names
 from zipvl_compile.policies import policy
 from zipvl_compile.policies.presets import DEFAULT, PRESETS
 
@@ -29,29 +25,6 @@ class OptionError(UserError):
     """An option of the zipvl backend that does not exist or has a bad value; a ValueError."""
 
 
-def _fraction(value: Any) -> bool:
-    return _number(value) and 0 < value <= 1
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def _one_of(*names: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in names
-
-
-def _plain(value: Any) -> Any:
-    """Return NumPy's numbers, and others that are none of Python's own, as Python's."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return tuple(map(_plain, value)) if isinstance(value, list) else value
-
-
 @dataclass(frozen=True, kw_only=True)
 class ZipVLOptions(Policy):
     """What `options=` of `torch.compile(model, backend="zipvl", options={...})` may hold.
@@ -60,10 +33,15 @@ class ZipVLOptions(Policy):
         calibration: file that `zipvl calibrate` wrote: its options, of which others given here change single ones.
         preset: a choice of everything below for those who do not want to choose, see `PRESETS`.
         policy: a selection rule, one of `zipvl_compile.policies`; other options change single fields of it.
-        evict: "drop" frees the other tokens of the KV cache; "keep" leaves the cache full.
+        evict: what becomes of the other tokens of the KV cache: "drop" frees them; "host" moves them to host memory,
+            from where later turns and re-selections call them back; "quantize" holds them at `evict_bits` bits, and
+            decoding reads them, too; "keep" leaves the cache full.
+        evict_bits: of each number of such tokens with "quantize": 8, 4 or 2.
         min_tokens: shorter prompts stay dense (tokens); None asks the cost model, for each attention, on this machine.
         reselect_tokens: from so many new tokens on a later part of a prompt, or a later turn, and what is in memory are
             selected anew, so that conversations have a bounded cache (tokens, at least 128); 0 drops nothing.
+        reselect_every: after so many generated tokens, those in memory are selected anew, by the attention of the
+            newest ones (tokens); 0 drops nothing while tokens are generated.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         kernel: implementation of the operators: "auto" (Triton on GPUs, the fastest per shape), "triton" or "torch".
         mode: Inductor's mode, as in `torch.compile(mode=...)`, for use together with `options`; for no other `inner`.
@@ -74,8 +52,10 @@ class ZipVLOptions(Policy):
     preset: str | None = None
     policy: str | None = None
     evict: str = Settings.evict
+    evict_bits: int = Settings.evict_bits
     min_tokens: int | None = None
     reselect_tokens: int = Settings.reselect_tokens
+    reselect_every: int = Settings.reselect_every
     inner: str = "inductor"
     kernel: str = Settings.kernel
     mode: str | None = None
@@ -120,12 +100,32 @@ class ZipVLOptions(Policy):
                 f"zipvl option 'mode': expected inner='inductor', whose mode it is, got mode={parsed.mode!r} and "
                 f"inner={parsed.inner!r}. Leave one of them out."
             )
+        if parsed.reselect_every and parsed.evict == "drop" and parsed.keep_ratio is not None:
+            raise OptionError(
+                "zipvl option 'reselect_every': expected 'keep_tokens' or 'tau' beside it where tokens are dropped, "
+                f"got keep_ratio={parsed.keep_ratio}: a fraction of what is left, again and again, leaves nothing. "
+                "Give keep_tokens, or evict='host' or 'quantize', which lose no token."
+            )
         if parsed.recent_probes + parsed.random_probes < 1:
             raise OptionError(
                 "zipvl options 'recent_probes' and 'random_probes': expected at least one probe row together, got 0. "
                 "Leave one of them at 64."
             )
         return parsed
+
+
+def check_fits_static_cache(options: ZipVLOptions) -> None:
+    """Check that a cache of fixed size can do what the options ask for.
+
+    Raises:
+        OptionError: it cannot: what it holds changes from time to time.
+    """
+    if options.evict in ("host", "quantize") or options.reselect_every:
+        raise OptionError(
+            "zipvl options 'evict' and 'reselect_every': expected evict='drop' or 'keep' and reselect_every=0 with a "
+            f"static cache, got evict={options.evict!r} and reselect_every={options.reselect_every}. Leave "
+            "cache_implementation='static' out, or these options."
+        )
 
 
 def _with_calibration(given: dict[str, Any]) -> dict[str, Any]:
@@ -155,16 +155,16 @@ def check(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         _check_one(name, value)
     _check_together(given)
-    return {name: _plain(value) for name, value in given.items()}
+    return {name: plain(value) for name, value in given.items()}
 
 
 def _check_one(name: Any, value: Any) -> None:
-    if name not in _CHECKS:
+    if name not in CHECKS:
         names = [field.name for field in dataclasses.fields(ZipVLOptions)]
-        close = difflib.get_close_matches(str(name), [*_CHECKS], n=1)
+        close = difflib.get_close_matches(str(name), [*CHECKS], n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "Remove it."
         raise OptionError(f"zipvl option {name!r}: expected one of {', '.join(names)}, got {name!r}. {hint}")
-    holds, expected, remedy = _CHECKS[name]
+    holds, expected, remedy = CHECKS[name]
     if not holds(value):
         raise OptionError(f"zipvl option {name!r}: expected {expected}, got {value!r}. {remedy}")
 
@@ -199,100 +199,3 @@ def _other_budgets(given: Mapping[str, Any]) -> dict[str, Any]:
     none = {"tau": Policy.tau, "keep_ratio": None, "keep_tokens": None}
     fixed = {"floor": Policy.floor} if any(given.get(name) is not None for name in FIXED) else {}
     return none | fixed if any(given.get(name) is not None for name in BUDGETS) else {}
-
-
-def _is_mode(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value in inductor_modes())
-
-
-def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or holds(value)
-
-
-def _least_fraction(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
-
-
-def _odd(value: Any) -> bool:
-    return _count(1)(value) and int(value) % 2 == 1
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _spelled(values: Iterable[str]) -> str:
-    *first, last = [f'"{value}"' for value in values]
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def _words(*values: str, remedy: str, none: bool = False) -> _Check:
-    holds = _one_of(*values)
-    return (_or_none(holds), f"None, {_spelled(values)}", remedy) if none else (holds, _spelled(values), remedy)
-
-
-_Check = tuple[Callable[[Any], bool], str, str]
-_TOKENS = "an integer of at least 0"
-_PAPERS = "Use 64 for the paper's setting."
-_CHECKS: dict[str, _Check] = {
-    "calibration": (
-        lambda value: value is None or (isinstance(value, (str, os.PathLike)) and str(value) != ""),
-        "None or the path of a file",
-        "Write one with `zipvl calibrate`.",
-    ),
-    "preset": _words(*PRESETS, remedy="Leave it out for the default.", none=True),
-    "policy": _words(*policy_names(), remedy="Leave it out for the default.", none=True),
-    "tau": (_fraction, "a fraction in (0, 1]", "Use 1.0 to keep every token, 0.975 for the paper's setting."),
-    "keep_ratio": (_or_none(_fraction), "None or a fraction in (0, 1]", "Use None to let tau decide."),
-    "keep_tokens": (_or_none(_count(1)), "None or an integer of at least 1", "Use None to let tau decide."),
-    "floor": (_least_fraction, "a fraction in [0, 1]", "Use 0 for no floor."),
-    "recent_probes": (_count(0), _TOKENS, _PAPERS),
-    "random_probes": (_count(0), _TOKENS, _PAPERS),
-    "draw": _words("random", "strided", remedy='Use "random" for the paper\'s setting.'),
-    "seed": (lambda value: _count(0)(value) and value < 2**63, "an integer in [0, 2**63)", "Use 0."),
-    "score": _words(*get_args(Score), remedy='Use "normalised" for the paper\'s setting.'),
-    "pooling": (_odd, "an odd integer of at least 1", "Use 1 for none."),
-    "keep_recent": (_count(1), "an integer of at least 1", "The newest token must be kept; use 1."),
-    "keep_first": (_count(0), _TOKENS, "Use 0 to protect none."),
-    "unselected": _words(*get_args(Unselected), remedy='Use "zero" for the paper\'s method.'),
-    "window": (_count(1), "an integer of at least 1", "Use 64; a token sees at least itself."),
-    "sinks": (_count(0), _TOKENS, "Use 4."),
-    "kept_window": (_flag, "True or False", "Use False to let kept tokens see kept tokens only."),
-    "queries": _words("selected", "all", remedy='It is unselected="zero" or unselected="all" now.'),
-    "skip": _words(*get_args(Skip), remedy='Use "attention" for the paper\'s method.'),
-    "skip_in": (
-        lambda value: (
-            all(map(_count(0), value))
-            if isinstance(value, (list, tuple))
-            else value is None or (_number(value) and 0 < value < 1)
-        ),
-        "None, a fraction in (0, 1), or a list of layer numbers",
-        "Use None for every layer that selects.",
-    ),
-    "prefill": _words("sparse", "dense", remedy='Use "dense" to compact the cache only.'),
-    "dense_layers": (
-        lambda value: (
-            all(map(_count(0), value))
-            if isinstance(value, (list, tuple))
-            else _count(0)(value) or (_number(value) and 0 < value < 1)
-        ),
-        "an integer of at least 0, a fraction in (0, 1), or a list of layer numbers",
-        "Use 0 to let every layer select.",
-    ),
-    "score_every": (_count(0), "an integer of at least 0", "Use 1 to let every layer select."),
-    "groups": _words("layer", "kv_head", remedy='Use "layer" for one selection per layer.'),
-    "evict": _words("drop", "keep", remedy='Use "keep" for a full KV cache.'),
-    "min_tokens": (
-        _or_none(_count(0)),
-        "None or an integer of at least 0",
-        "Use 0 to rewrite prompts of every length, None to let the cost model decide.",
-    ),
-    "reselect_tokens": (
-        lambda value: _count(PART_TOKENS)(value) or (_count(0)(value) and value == 0),
-        f"0 or an integer of at least {PART_TOKENS}",
-        "Use 0 to drop nothing after the first part of a prompt.",
-    ),
-    "inner": _words("inductor", "aot_eager", "eager", remedy='Use "inductor" for speed.'),
-    "kernel": _words("auto", "triton", "torch", remedy='Use "auto" for speed.'),
-    "mode": (_is_mode, "None or a mode of torch.compile", 'Use "default", "reduce-overhead" or "max-autotune".'),
-}

@@ -142,6 +142,8 @@ class KVViewCall(OpCall):
     prompt_length: Any
     n: Any
     held: Node | None = None
+    codes: Node | None = None
+    scales: Node | None = None
 
     @property
     def layer(self) -> tuple[Any, ...]:

@@ -7,13 +7,19 @@ are computed from that token by token, as those of latent attention (MLA) are.
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Graph, Node
 
+from zipvl_compile.passes.graph.evicted_calls import RestoreTokensCall, ToHostCall, WithOthersCall
+from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.passes.graph.op_calls import (
     FixedPositionsCall,
     FixedRowsCall,
     GatherTokensCall,
     KVViewCall,
+    OtherTokensCall,
+    QuantiseTokensCall,
     RowCountCall,
     TokenPositionsCall,
 )
@@ -34,23 +40,43 @@ def stored_by(marker: Node) -> list[Node]:
 
 def only_cached(marker: Node) -> bool:
     """Return whether nothing but the graph's outputs reads the layer that `marker` stands for."""
-    users = [user for user in marker.users if user.op != "output" and not _fixes(user)]
-    readers = [user for gather in users for user in gather.users if not _fixes(user)]
+    users = [user for user in marker.users if user.op != "output" and not _follows(user)]
+    readers = [user for gather in users for user in gather.users if not _follows(user)]
     return all(GatherTokensCall.matches(user) for user in users) and all(user.op == "output" for user in readers)
 
 
-def of_fixed_size(marker: Node) -> list[Node]:
-    """Return the calls that make what a static layer stores of a prompt, in order; none where it is no static layer."""
-    sources = [marker, *(gather.node for gather in gathers(marker))]
-    found = {user for source in sources for user in source.users if _fixes(user)}  # type: ignore[union-attr]
-    return sorted(found | {one for call in found for one in call.users if one.op != "output"})
+def followers(marker: Node) -> list[Node]:
+    """Return the calls that make what a layer stores besides its gathers, in order.
+
+    Those are the tensors of a static layer, and the other tokens of the prompt, where they are kept elsewhere.
+    """
+    found: set[Node] = set()
+    todo = [marker, *(gather.node for gather in gathers(marker))]
+    while todo:
+        new = {user for user in todo.pop().users if _follows(user)} - found  # type: ignore[union-attr]
+        found |= new
+        todo += new
+    return sorted(found)
 
 
-def _fixes(user: Node) -> bool:
-    """Return whether a call makes what a static layer stores, which nothing but the graph's outputs reads."""
-    if FixedPositionsCall.matches(user) or RowCountCall.matches(user):
-        return all(map(_fixes, user.users))
-    return FixedRowsCall.matches(user) and all(one.op == "output" for one in user.users)
+def is_static(marker: Node) -> bool:
+    """Return whether a layer that stores a prompt is a static one."""
+    return any(FixedRowsCall.matches(call) for call in followers(marker))
+
+
+def _follows(user: Node) -> bool:
+    """Return whether a call makes what a layer stores besides its gathers; nothing but the graph's outputs reads it."""
+    if FixedPositionsCall.matches(user) or RowCountCall.matches(user) or OtherTokensCall.matches(user):
+        return all(map(_follows, user.users))
+    if QuantiseTokensCall.matches(user):
+        return all(is_call(one, operator.getitem) and _only_given(one) for one in user.users)
+    parent = user.args[0] if is_call(user, operator.getitem) else None
+    stored = isinstance(parent, Node) and QuantiseTokensCall.matches(parent)
+    return (stored or FixedRowsCall.matches(user) or ToHostCall.matches(user)) and _only_given(user)
+
+
+def _only_given(node: Node) -> bool:
+    return all(one.op == "output" for one in node.users)
 
 
 def filled_by(graph: Graph, attentions: list[Attention]) -> dict[Node, tuple[Attention, Node]]:
@@ -105,9 +131,19 @@ def views_above(attention: Attention) -> list[KVViewCall]:
 
 
 def later_part_of(attention: Attention) -> Node | None:
-    """Return the marker of all that is in memory of the layer that an attention reads, after a later part; or None."""
-    parts = [user for view in views_above(attention) for user in view.buffer.users if is_op(user, "getitem")]
-    return next((marker for part in parts for marker in part.users if TokenPositionsCall.matches(marker)), None)
+    """Return the marker of all that is in memory of the layer that an attention reads, after a later part; or None.
+
+    Of what there is anywhere, where the layer keeps other tokens elsewhere, too.
+    """
+    parts = [user for view in views_above(attention) for user in view.buffer.users if _reads_memory(user)]
+    both = [user for part in parts for user in part.users if is_op(user, "cat")]
+    return next(
+        (marker for part in (*parts, *both) for marker in part.users if TokenPositionsCall.matches(marker)), None
+    )
+
+
+def _reads_memory(user: Node) -> bool:
+    return is_op(user, "getitem") or WithOthersCall.matches(user) or RestoreTokensCall.matches(user)
 
 
 def computed_from(sources: list[Node], attentions: list[Attention]) -> Attention | None:

@@ -39,6 +39,7 @@ class Why(Enum):
     OTHER_GRAPH = auto()
     OTHER_LAYER = auto()
     LATENT_CACHE = auto()
+    HEAD_DIM = auto()
     NOT_RECOGNISED = auto()
     GRADIENTS = auto()
     RANKS = auto()

@@ -42,6 +42,7 @@ class Site:
         skips: whether tokens that it does not keep should pass its layer.
         group: the process group whose ranks share its heads; None where one rank has them all.
         later_part: marker of what is in memory once a later part of a prompt was appended, of a decode site; else None.
+        noted: the queries of the newest tokens, of a decode site whose layer keeps them for a re-selection; else None.
         needs_true_rows: why what reads its output cannot take rows of zeros; empty where it can.
         mask, shape: what a prefill's mask computes and what its cost depends on, where a pass asked.
     """
@@ -56,6 +57,7 @@ class Site:
     skips: bool = False
     group: str | None = None
     later_part: Node | None = None
+    noted: Node | None = None
     reason: Reason | None = None
     needs_true_rows: str = ""
     note: Reason | None = None
@@ -122,7 +124,8 @@ class Sites:
 
         def copy(site: Site) -> Site:
             new = replace(site, attention=site.attention.mapped(moved), layer=site.layer and moved(site.layer),
-                          later_part=site.later_part and moved(site.later_part))  # fmt: skip
+                          later_part=site.later_part and moved(site.later_part),
+                          noted=site.noted and moved(site.noted))  # fmt: skip
             new.node, new.name = moved(site.node), site.name
             return new
 

@@ -40,26 +40,31 @@ def select(attention: Attention, group: str | None, layers: tuple[int, ...], row
     node = attention.node
     mask = attention.mask and four_axes(attention.mask, node, attention.mask_hides)
     keys, values = (attention.in_its_dtype(x) for x in (attention.key, attention.value))
-    scores = scores_of(
-        attention.query, keys, newest_row(mask, settings, node), attention.scale, attention.softcap, settings, node
-    )
+    probes, rows = newest_of(attention.query, settings, node), newest(settings)
+    shown = newest_row(mask, settings, node)
+    scores = scores_of(probes, rows, keys, shown, attention.scale, attention.softcap, settings)
     kept = settings.keep_recent, None
     return best_of(scores, values, kept, group, budget_of(node, keys, layers, row, settings), settings, node)
 
 
+def newest_of(query: Node, settings: Settings, before: Node) -> Node:
+    """Insert the queries of a part `[B, Hq, m, D]` that measure attention."""
+    rows = (slice(None), slice(None), slice(-newest(settings), None))
+    return insert_call(before, operator.getitem, (query, rows))
+
+
 def scores_of(
-    query: Node, keys: Node, shown: Node | None, scale: Any, softcap: float | None, settings: Settings, before: Node
+    probes: Node, rows: int, keys: Node, shown: Node | None, scale: Any, softcap: float | None, settings: Settings
 ) -> TokenScoresCall:
-    """Return the call that scores the tokens in memory by the newest rows of a part.
+    """Return the call that scores tokens by the queries of the newest of them.
 
     Args:
-        query: of the part, `[B, Hq, m, D]`.
-        keys: of the tokens in memory and of the part, `[B, Hkv, tokens, D]`.
+        probes: those queries, the oldest first, `[B, Hq, rows, D]`.
+        rows: how many.
+        keys: of the tokens, `[B, Hkv, tokens, D]`.
         shown: mask of all rows over them, `[B or 1, H or 1, 1, tokens]`; None shows all.
         scale, softcap: of the attention.
     """
-    rows = newest(settings)
-    probes = insert_call(before, operator.getitem, (query, (slice(None), slice(None), slice(-rows, None))))
     return TokenScoresCall(
         q=probes, k=keys, mask=shown, is_causal=True, scale=scale, softcap=softcap, recent_probes=rows,
         random_probes=0, seed=settings.probe_seed, groups=1, even=settings.score == "even",

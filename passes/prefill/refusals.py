@@ -31,6 +31,7 @@ ONE_TOKEN = Reason(Why.ONE_TOKEN, "prompt of one token")
 NO_GAIN = Reason(Why.NO_GAIN, "keeping every token gains nothing over dense attention", NEVER)
 KEPT_WHOLE = Reason(Why.FULL_CACHE, "a later part of a prompt, of which the options drop nothing")
 FIRST_IS_DENSE = Reason(Why.SHARED_KV, "shared KV: the first attention over this layer's cache stays dense")
+LATENT_CODES = Reason(Why.LATENT_CACHE, "evict='quantize' over a cache of latents: use evict='host', or 'drop'")
 TWO_LAYERS = Reason(Why.SHARED_KV, "shared KV: this attention reads the keys and values of two cache layers")
 
 
@@ -39,6 +40,8 @@ def refusal(attention: Attention, layer: Node, settings: Settings) -> Reason | N
     if statically_known_true(example(attention.key).shape[2] == 1):
         return ONE_TOKEN
     cached = attention.key in cache_layers.stored_by(layer)  # else it is computed from the cache's latents
+    if settings.evict == "quantize" and (uncoded := _uncoded(attention, cached, settings)) is not None:
+        return uncoded
     if cached and any(changed_in_place(x) for x in (attention.key, attention.value)):
         return CHANGED
     if not cache_layers.only_cached(layer):
@@ -50,6 +53,16 @@ def refusal(attention: Attention, layer: Node, settings: Settings) -> Reason | N
     if unreadable := unreadable_inputs(attention):
         return unreadable
     return NOT_CAUSAL if attention.mask is None and not attention.is_causal else None
+
+
+def _uncoded(attention: Attention, cached: bool, settings: Settings) -> Reason | None:
+    """Return why the tokens that are not kept cannot be held at few bits, or None."""
+    if not cached:
+        return LATENT_CODES
+    widths, per_byte = {example(x).shape[3] for x in (attention.key, attention.value)}, 8 // settings.evict_bits
+    uneven = next((width for width in widths if width % per_byte), None)
+    text = f"evict_bits={settings.evict_bits} and a head_dim of {uneven}, which {per_byte} does not divide"
+    return None if uneven is None else Reason(Why.HEAD_DIM, text)
 
 
 def part_refusal(attention: Attention, settings: Settings) -> Reason | None:

@@ -170,7 +170,7 @@ def compact(site: Site, attention: Attention, selection: Selection, settings: Se
         for x in (attention.key, attention.value)
     )
     if new_gathers:
-        for follower in cache_layers.of_fixed_size(layer):
+        for follower in cache_layers.followers(layer):
             node.prepend(follower)
         for old, gather in zip(gathers, new_gathers, strict=True):
             assert old.node is not None

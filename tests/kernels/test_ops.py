@@ -142,6 +142,24 @@ def test_quantise_tokens(dtype, per):
     check(ops.quantise_tokens.default, k, positions, 4, per)
 
 
+def test_to_host():
+    check(ops.to_host.default, tensors()[1], tensors()[3])
+
+
+def test_with_others():
+    _, k, _, positions, _ = tensors()
+    check(ops.with_others.default, k[:, :, :4].contiguous(), positions, k[:, :, :7].contiguous(), 10)
+
+
+def test_room_for_queries():
+    check(ops.room_for_queries.default, tensors()[0], 3)
+
+
+def test_note_queries():
+    q = tensors()[0]
+    check(ops.note_queries.default, torch.zeros(2, 4, 6, 8), q[:, :, :2].contiguous(), 5)
+
+
 def test_append_tokens():
     _, k, v, _, _ = tensors()
     keys, values = torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 6)

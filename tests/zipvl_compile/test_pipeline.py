@@ -43,7 +43,7 @@ def test_every_option_of_the_method_reaches_the_passes():
         "tau": 0.5, "floor": 0.2, "keep_recent": 6, "keep_first": 2, "unselected": "all", "window": 8, "sinks": 1,
         "kept_window": True, "prefill": "dense", "dense_layers": 1, "score_every": 2, "groups": "layer",
         "skip": "layer", "skip_in": (1, 2), "evict": "keep", "min_tokens": 7, "kernel": "torch",
-        "reselect_tokens": 256,
+        "reselect_tokens": 256, "reselect_every": 50, "evict_bits": 8,
     }  # fmt: skip
     settings = settings_of(ZipVLOptions(**chosen))
     assert {name: getattr(settings, name) for name in chosen} == chosen

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
+from zipvl_compile.cache.evicted import EVICTED, forget_others, recalled, store_others
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
 from zipvl_compile.cache.later_parts import compact_again, continued
 from zipvl_compile.cache.two_buffers import TwoBuffers
@@ -23,6 +24,7 @@ from zipvl_compile.kernels.kv_view import UNREADABLE
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.kernels.token_positions import cached_positions
 from zipvl_compile.passes.match.attention_site import PART_TOKENS
+from zipvl_compile.traced_options import reselect_every, reselect_tokens
 
 
 class CompactLayer(TwoBuffers, DynamicLayer):
@@ -34,15 +36,19 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         positions: int64 `[B, G, P]`, where the kept prompt tokens stood; None unless the layer is compacted.
         prompt_length: length of the compacted prompt (tokens).
         cumulative_length: logical length of a compacted layer (tokens); 0 otherwise, where `keys` says it.
+        other_keys, other_values, key_scales, value_scales: the other tokens of the prompt, where the options `evict`
+            keep them: in host memory, or as codes with their scales; else None.
+        queries: `[B, Hq, R, D]`, of the newest tokens, where the option `reselect_every` asks for them; else None.
         borrowed: whether others hold the rows of the buffers, too: they are copied before anything is written.
         lent: whether a view of the rows in use was handed out: what `crop` frees must not be written over.
     """
 
     _layer_type = "full_attention"
-    of_samples = ("key_buffer", "value_buffer", "positions")
+    of_samples = ("key_buffer", "value_buffer", "positions", "queries", *EVICTED)
     positions: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
     cumulative_length: int = 0
+    other_keys = other_values = key_scales = value_scales = queries = None
     borrowed: bool = False
     lent: bool = False
 
@@ -57,7 +63,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         return rows if self.holds_every_token else mark(rows, self._held())
 
     def _held(self) -> Held:
-        return Held(self.positions, self.prompt_length, self.cumulative_length)
+        return Held(self.positions, self.prompt_length, self.cumulative_length, self.other_keys is not None)
 
     def _assigned(self, name: str, value: Any) -> Any:
         """Prepare a compacted layer for other keys or values, and return them as a layer stores them.
@@ -86,7 +92,8 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         """Become a layer of plain keys and values."""
         self._only_in_use()
         self.positions, self.prompt_length, self.cumulative_length = None, 0, 0  # type: ignore[assignment]
-        self.borrowed = False
+        self.borrowed, self.queries = False, None
+        forget_others(self)
 
     def _only_in_use(self) -> None:
         """Give up the spare rows: the buffers may be replaced one by one, and by tensors of other owners."""
@@ -133,10 +140,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         if self.positions is not None:
             check_continues(self.key_buffer, self.value_buffer, key_states, value_states)
             if traced and tracing_for_zipvl():
-                views = self._decode(key_states, value_states)
-                if key_states.shape[2] >= PART_TOKENS:
-                    compact_again(self)
-                return views
+                return self._continue(key_states, value_states)
             return self._update_outside(key_states, value_states)
         if self.get_seq_length() > 0:
             if traced and tracing_for_zipvl() and key_states.shape[2] >= PART_TOKENS:
@@ -158,14 +162,39 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         self.positions = ops.token_positions(k)
         self.key_buffer = ops.gather_tokens(k, self.positions, spare)
         self.value_buffer = ops.gather_tokens(v, self.positions, spare)
+        store_others(self, k, v)
+        if reselect_every():
+            self.queries = ops.room_for_queries(k, reselect_every())
         self.prompt_length = self.cumulative_length = n
         return k, v
+
+    def _continue(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens to a compacted layer, and select anew what is in memory, where that is due."""
+        m, every = k.shape[2], reselect_every()
+        if self.other_keys is not None and m >= PART_TOKENS and 0 < reselect_tokens() <= m:
+            keys, values = recalled(self)
+            return self._prefill(torch.cat([keys, k], 2), torch.cat([values, v], 2))
+        views = self._decode(k, v)
+        since = self.cumulative_length - self.prompt_length
+        if m >= PART_TOKENS and self.other_keys is None:
+            compact_again(self)
+        elif every and self.queries is not None:
+            ops.note_queries(self.queries, self.key_buffer, since - m)
+            # Draft tokens may have to be taken back, which a selection does not allow.
+            if m == 1 and since >= every:
+                compact_again(self)
+        return views
 
     def _decode(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append in place; return views of logical length, which the passes rewrite to read the buffers."""
         self._append(k, v)
         where = (self.positions, self.prompt_length, self.cumulative_length)
-        return ops.kv_view(self.key_buffer, *where), ops.kv_view(self.value_buffer, *where)
+        if self.key_scales is None:
+            return ops.kv_view(self.key_buffer, *where), ops.kv_view(self.value_buffer, *where)
+        return (
+            ops.kv_view(self.key_buffer, *where, codes=self.other_keys, scales=self.key_scales),
+            ops.kv_view(self.value_buffer, *where, codes=self.other_values, scales=self.value_scales),
+        )
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         at, m = self.cached_length, k.shape[2]
@@ -175,6 +204,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
             self.value_buffer = with_room(self.value_buffer, at, room)
             if self.borrowed:  # a new attribute would be one more guard to fail
                 self.borrowed = False
+                self.queries = None if self.queries is None else self.queries.clone()
         ops.append_tokens(self.key_buffer, self.value_buffer, k, v, at)
         self.cumulative_length = self.cumulative_length + m
 
@@ -197,6 +227,8 @@ class CompactLayer(TwoBuffers, DynamicLayer):
     def _rebuild(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Become the compacted layer that a pair of keys and values left."""
         held = held_by(k, v)
+        if held.elsewhere:
+            raise ValueError(REBUILT.format(name="key_states", what=", and the others apart from them"))
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
         self.key_buffer, self.value_buffer = plain(k), plain(v)
         self.positions, self.prompt_length = held.positions.to(k.device), held.prompt_length
@@ -216,6 +248,8 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         self.key_buffer = self.value_buffer = self.positions = None  # type: ignore[assignment]
         self.prompt_length = self.cumulative_length = 0
         self.is_initialized = self.borrowed = self.lent = False
+        self.queries = None
+        forget_others(self)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.

@@ -35,11 +35,13 @@ class Held:
         positions: int64 `[B, G, P]`, where the kept prompt tokens stood.
         prompt_length: of the prompt (tokens).
         n: logical length (tokens), prompt and later tokens.
+        elsewhere: whether the layer holds the other prompt tokens apart from its keys and values.
     """
 
     positions: torch.Tensor
     prompt_length: int
     n: int
+    elsewhere: bool = False
 
 
 class KeptTensor(torch.Tensor):

@@ -73,10 +73,15 @@ class TwoBuffers(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples at `indices`."""
-        self._for_batch(lambda x: x[indices, ...])
+        self._for_batch(lambda x: x[_on(x, indices), ...])
 
     def _for_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.get_seq_length() > 0:
             for name in self.of_samples:
                 tensor = getattr(self, name)
                 setattr(self, name, None if tensor is None else change(tensor))
+
+
+def _on(x: torch.Tensor, indices: Any) -> Any:
+    """Return indices on the device of a tensor; some of a layer's may lie in host memory."""
+    return indices.to(x.device) if isinstance(indices, torch.Tensor) else indices

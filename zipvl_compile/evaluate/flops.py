@@ -164,7 +164,7 @@ FREE = frozenset(
     f"zipvl::{name}"
     for name in (
         "append_tokens", "append_tokens_torch", "fixed_positions", "fixed_rows", "gather_kv", "gather_tokens",
-        "held_rows", "hiding_rows", "kv_view", "other_tokens", "probe_positions", "quantise_tokens", "row_count",
-        "select_tokens", "token_positions", "with_room",
+        "held_rows", "hiding_rows", "kv_view", "note_queries", "other_tokens", "probe_positions", "quantise_tokens",
+        "room_for_queries", "row_count", "select_tokens", "to_host", "token_positions", "with_others", "with_room",
     )
 )  # fmt: skip

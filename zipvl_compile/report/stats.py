@@ -22,9 +22,12 @@ class LayerStats:
         kept: tokens of that prompt that it holds.
         tokens: that it holds in all, those after the prompt too.
         length: logical length of the sequence (tokens).
-        bytes_used: of the tokens it holds, keys and values; and of whatever else a layer of another kind holds.
+        bytes_used: of the tokens it holds, keys and values, those at few bits too, and of noted queries; and of
+            whatever else a layer of another kind holds.
         bytes_allocated: of the memory behind them, with spare rows and positions.
-        bytes_freed: what the dropped tokens would take.
+        bytes_freed: what the other tokens of the prompt would take, less what they take at few bits.
+        bytes_on_host: of the other tokens, in host memory.
+        bits: of each number of the other tokens, where the layer holds them at few bits; else 0.
         why_dense: why it was not compacted; empty where it was.
     """
 
@@ -36,6 +39,8 @@ class LayerStats:
     bytes_allocated: int
     bytes_freed: int
     why_dense: str = ""
+    bytes_on_host: int = 0
+    bits: int = 0
 
     @property
     def share(self) -> float:
@@ -45,9 +50,11 @@ class LayerStats:
     def __str__(self) -> str:
         if self.why_dense:
             return f"{self.tokens} of {self.length} tokens, {self.bytes_used:,} bytes; {self.why_dense}"
+        others = f", others at {self.bits} bits" if self.bits else ""
+        on_host = f", {self.bytes_on_host:,} on the host" if self.bytes_on_host else ""
         return (
-            f"{self.kept} of {self.prompt_length} prompt tokens ({self.kept / self.prompt_length:.1%}), "
-            f"{self.bytes_used:,} bytes in use, {self.bytes_freed:,} freed"
+            f"{self.kept} of {self.prompt_length} prompt tokens ({self.kept / self.prompt_length:.1%}){others}, "
+            f"{self.bytes_used:,} bytes in use, {self.bytes_freed:,} freed{on_host}"
         )
 
 
@@ -69,10 +76,15 @@ class CacheStats:
     def bytes_freed(self) -> int:
         return sum(layer.bytes_freed for layer in self.layers)
 
+    @property
+    def bytes_on_host(self) -> int:
+        return sum(layer.bytes_on_host for layer in self.layers)
+
     def __str__(self) -> str:
         whole = self.bytes_used + self.bytes_freed
         used = f"{self.bytes_used / whole:.1%} of {whole:,} bytes" if whole else "nothing"
         head = f"zipvl: KV cache of {len(self.layers)} layers: {used} in use, {self.bytes_allocated:,} allocated"
+        head += f", {self.bytes_on_host:,} on the host" if self.bytes_on_host else ""
         return "\n".join([head, *(f"  layer {i}: {layer}" for i, layer in enumerate(self.layers))])
 
 
@@ -95,24 +107,36 @@ def stats(cache: Any) -> CacheStats:
 
 
 def _layer(layer: Any) -> LayerStats:
-    used, storages = 0, {}
+    used, per_token, on_host, storages = 0, 0, 0, {}
+    compact = isinstance(layer, COMPACT)
+    coded = getattr(layer, "key_scales", None) is not None
     for name, tensor in vars(layer).items():
         if not isinstance(tensor, torch.Tensor):
             continue
+        if name in ("other_keys", "other_values") and not coded:
+            on_host += tensor.numel() * tensor.element_size()
+            continue
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if isinstance(layer, COMPACT) and name in ("key_buffer", "value_buffer"):
+        if compact and name in ("key_buffer", "value_buffer"):
             tensor = tensor[:, :, : layer.cached_length]
+            per_token += tensor[:, :, :1].numel() * tensor.element_size()
         if name not in ("positions", "where", "held", "cumulative_length"):
             used += tensor.numel() * tensor.element_size()
     length, allocated = int(layer.get_seq_length()), sum(storages.values())
-    if isinstance(layer, COMPACT) and layer.positions is not None:
+    if compact and layer.positions is not None:
         kept, tokens = layer.positions.shape[2], layer.cached_length
-        dropped = layer.prompt_length - kept
-        freed = used // tokens * dropped if tokens else 0
+        dropped, bits = layer.prompt_length - kept, 0
+        freed = per_token * dropped
+        if coded:
+            codes = (layer.other_keys, layer.other_values, layer.key_scales, layer.value_scales)
+            freed -= sum(x.numel() * x.element_size() for x in codes)
+            bits = 8 * layer.other_keys.shape[3] // layer.key_buffer.shape[3]
         why = "" if dropped else "every token is kept"
-        return LayerStats(layer.prompt_length, kept, tokens, length, used, allocated, freed, why)
-    why = NOT_COMPACTED if isinstance(layer, COMPACT) else f"a {type(layer).__name__} is not compacted"
+        return LayerStats(
+            layer.prompt_length, kept, tokens, length, used, allocated, freed, why, on_host, bits if dropped else 0
+        )
+    why = NOT_COMPACTED if compact else f"a {type(layer).__name__} is not compacted"
     keys = getattr(layer, "keys", None)
     tokens = keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0
-    tokens = layer.cached_length if isinstance(layer, COMPACT) else tokens
+    tokens = layer.cached_length if compact else tokens
     return LayerStats(0, tokens, tokens, length, used, allocated, 0, why)

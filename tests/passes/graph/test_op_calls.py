@@ -7,6 +7,7 @@ import torch
 from torch.fx import Graph
 
 from zipvl_compile.kernels.ops import ops
+from zipvl_compile.passes.graph import evicted_calls as _evicted_calls  # noqa: F401  (defines views)
 from zipvl_compile.passes.graph.op_call import OpCall
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCall, TokenScoresCall, has_kernels
 
