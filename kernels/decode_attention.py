@@ -107,6 +107,77 @@ def _join_kernel(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=dv < DV)
 
 
+class Parts:
+    """What the parts of the keys give each new token, until they are joined.
+
+    Args:
+        q, keys, values: as decode_attention takes them.
+        sources: how many launches write parts, each at most `MAX_SPLITS / sources`.
+
+    Attributes:
+        tiling: sizes of tiles, arguments of the kernels.
+        splits: how many parts a launch has.
+        written: the arrays of weighted values, maxima and sums, arguments of the kernels.
+    """
+
+    def __init__(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sources: int = 1):
+        (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
+        block_d, block_dv = tiles.head_blocks(width), tiles.head_blocks(width_v)
+        row_bytes = max(block_d, block_dv) * q.element_size()
+        block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+        self.tiling = {"BLOCK_M": 16, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+        blocks = (heads // kv_heads * m + 15) // 16
+        self.sources = sources
+        self.splits = torch.sym_min(torch.sym_max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS // sources)
+        self.grid = (self.splits, batch * kv_heads, blocks)
+        rows = batch * heads * m
+        tops, totals = (q.new_empty(rows, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
+        self.written = {
+            "partial": q.new_empty(rows, MAX_SPLITS, width_v, dtype=torch.float32), "tops": tops, "totals": totals,
+        }  # fmt: skip
+
+    def tokens(self, length: int) -> int:
+        """Return how many of so many tokens a part has: whole tiles."""
+        block = self.tiling["BLOCK_N"]
+        return ((length + self.splits - 1) // self.splits + block - 1) // block * block
+
+    def common(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None,
+        scale: float | None, softcap: float | None,
+    ) -> dict:  # fmt: skip
+        """Return the arguments that kernels which write parts have in common."""
+        width = q.shape[3]
+        return self.written | self.tiling | tiles.strides(q=q) | tiles.mask_arguments(mask, q) | {
+            "m": q.shape[2], "scale": width**-0.5 if scale is None else scale, "softcap": softcap or 0.0,
+            "CAPPED": softcap is not None, "D": width, "DV": values.shape[3], "KV_HEADS": keys.shape[1],
+            "FACTOR": q.shape[1] // keys.shape[1], "SPLITS": MAX_SPLITS, "num_warps": 4,
+            "num_stages": tiles.pipelined(3),
+        }  # fmt: skip
+
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int,
+        n: int, mask: torch.Tensor | None, scale: float | None, softcap: float | None, held: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write the first parts: those of the tokens in the buffers."""
+        length = positions.shape[2] + n - prompt_length  # all rows, where the device knows how many there are
+        launchable(_decode_kernel, q)[self.grid](
+            q, keys, values, positions.contiguous(), held=q if held is None else held, P=positions.shape[2],
+            prompt_length=prompt_length, length=length, part=self.tokens(length), GROUPS=positions.shape[1],
+            HELD=held is not None, **tiles.strides(k=keys, v=values),
+            **self.common(q, keys, values, mask, scale, softcap),
+        )  # fmt: skip
+
+    def join(self, q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return what all new tokens get from all parts, `[B, Hq, m, Dv]`, token-major in memory."""
+        out = empty_output(q, values)
+        batch, heads, m, _ = q.shape
+        launchable(_join_kernel, q)[(batch * heads * m,)](
+            out=out, splits=self.splits * self.sources, m=m, **self.written, **tiles.strides(o=out), DV=values.shape[3],
+            HEADS=heads, BLOCK_DV=self.tiling["BLOCK_DV"], SPLITS=MAX_SPLITS, num_warps=4,
+        )  # fmt: skip
+        return out
+
+
 @torch.library.triton_op("zipvl::decode_attention", mutates_args=())
 def _decode_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
@@ -123,32 +194,9 @@ def _decode_attention(
         arguments = (q, keys, values, positions, prompt_length, n, mask, scale, softcap)
         return torch.ops.zipvl.decode_attention_torch(*arguments)
     q, keys, values = (tiles.unit_stride(x) for x in (q, keys, values))
-    positions = positions.contiguous()
-    (batch, heads, m, width), kv_heads, width_v = q.shape, keys.shape[1], values.shape[3]
-    length = positions.shape[2] + n - prompt_length  # all rows, where the device knows how many there are
-    rows = heads // kv_heads * m
-    block_d, block_dv = tiles.head_blocks(width), tiles.head_blocks(width_v)
-    row_bytes = max(block_d, block_dv) * q.element_size()
-    block_n = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    blocks = (rows + 15) // 16
-    splits = torch.sym_min(torch.sym_max(PROGRAMS // (batch * kv_heads * blocks), 1), MAX_SPLITS)
-    part = ((length + splits - 1) // splits + block_n - 1) // block_n * block_n
-    partial = q.new_empty(batch * heads * m, MAX_SPLITS, width_v, dtype=torch.float32)
-    tops, totals = (q.new_empty(batch * heads * m, MAX_SPLITS, dtype=torch.float32) for _ in range(2))
-    out = empty_output(q, values)
-    launchable(_decode_kernel, q)[(splits, batch * kv_heads, blocks)](
-        q, keys, values, positions, partial=partial, tops=tops, totals=totals, held=q if held is None else held,
-        P=positions.shape[2], prompt_length=prompt_length, length=length, part=part, m=m,
-        scale=width**-0.5 if scale is None else scale, softcap=softcap or 0.0, **tiles.strides(q=q, k=keys, v=values),
-        **tiles.mask_arguments(mask, q), D=width, DV=width_v, KV_HEADS=kv_heads, FACTOR=heads // kv_heads,
-        GROUPS=positions.shape[1], CAPPED=softcap is not None, BLOCK_M=16, BLOCK_N=block_n, BLOCK_D=block_d,
-        BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, HELD=held is not None, num_warps=4, num_stages=tiles.pipelined(3),
-    )  # fmt: skip
-    launchable(_join_kernel, q)[(batch * heads * m,)](
-        partial, tops, totals, out, splits, m, **tiles.strides(o=out), DV=width_v,
-        HEADS=heads, BLOCK_DV=block_dv, SPLITS=MAX_SPLITS, num_warps=4,
-    )  # fmt: skip
-    return out
+    parts = Parts(q, keys, values)
+    parts.attend(q, keys, values, positions, prompt_length, n, mask, scale, softcap, held)
+    return parts.join(q, values)
 
 
 def decode_attention(

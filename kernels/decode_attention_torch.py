@@ -16,19 +16,19 @@ from zipvl_compile.kernels.token_positions import cached_positions
 
 def check(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, prompt_length: int, n: int,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None, operator: str = "decode_attention",
 ) -> None:  # fmt: skip
-    """Check the arguments of decode_attention.
+    """Check the arguments of decode_attention, or those that another operator shares with it.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    check_positions("decode_attention", positions, q.shape[0], keys.shape[1])
+    check_positions(operator, positions, q.shape[0], keys.shape[1])
     length = positions.shape[2] + n - prompt_length
     if not 0 < length <= keys.shape[2]:
-        fail("decode_attention", "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
-    check_attention_inputs("decode_attention", q, keys[:, :, :length], values[:, :, :length])
-    check_mask("decode_attention", mask, q, q.shape[2], n)
+        fail(operator, "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
+    check_attention_inputs(operator, q, keys[:, :, :length], values[:, :, :length])
+    check_mask(operator, mask, q, q.shape[2], n)
 
 
 def empty_output(q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 
 from zipvl_compile.kernels.common.checks import check_positions, fail
-from zipvl_compile.kernels.common.codes import BITS, GROUP, groups_of, quantised
+from zipvl_compile.kernels.common.codes import BITS, GROUP, groups_of, quantised, tokens_at_a_time
 from zipvl_compile.kernels.common.token_copies import take_rows
-
-MOST = 1 << 22  # numbers that are widened at a time
 
 
 @torch.library.custom_op("zipvl::quantise_tokens", mutates_args=())
@@ -28,7 +26,7 @@ def _quantise_tokens(
     (batch, heads, _, width), count, padded = x.shape, positions.shape[2], codes.shape[2]
     if x.numel() == 0 or count == 0:
         return codes, scales
-    step = max(MOST // (batch * heads * width) // GROUP, 1) * GROUP
+    step = tokens_at_a_time(x, batch * heads * width)
     for start in range(0, padded, step):
         rows = torch.arange(start, min(start + step, padded), device=x.device).clamp_(max=count - 1)
         chosen = x.new_empty(batch, heads, rows.numel(), width)

@@ -160,6 +160,36 @@ def test_note_queries():
     check(ops.note_queries.default, torch.zeros(2, 4, 6, 8), q[:, :, :2].contiguous(), 5)
 
 
+def quantised(bits=4):
+    """Return the arguments of decode_quantised up to the mask, with seven of ten prompt tokens quantised."""
+    q, k, v, positions, _ = tensors()
+    others = ops.other_tokens(positions, 10)
+    keys, values = ops.quantise_tokens(k, others, bits, "channel"), ops.quantise_tokens(v, others, 8, "token")
+    return q, k, v, positions, 10, 12, *keys, *values
+
+
+@pytest.mark.parametrize("per", ["channel", "token"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_restore_tokens(dtype, per):
+    _, k, _, positions, _ = tensors(dtype)
+    coded = ops.quantise_tokens(k, ops.other_tokens(positions, 10), 2, per)
+    check(ops.restore_tokens.default, k, positions, *coded, 10)
+
+
+@softcaps
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask"])
+def test_decode_quantised(masked, m, softcap):
+    q, *others = quantised()
+    mask = torch.ones(2, 1, m, 12, dtype=torch.bool) if masked else None
+    check(ops.decode_quantised.default, q[:, :, :m].contiguous(), *others, mask, 0.3, softcap)
+
+
+def test_decode_quantised_torch():
+    q, *others = quantised(2)
+    check(ops.decode_quantised_torch.default, q[:, :, :1].contiguous(), *others, None, 0.3, None)
+
+
 def test_append_tokens():
     _, k, v, _, _ = tensors()
     keys, values = torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 6)

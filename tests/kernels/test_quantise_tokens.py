@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zipvl_compile.kernels import quantise_tokens as module
+from zipvl_compile.kernels.common import codes as common
 from zipvl_compile.kernels.common.codes import BITS, GROUP, dequantised, groups_of, quantised
 from zipvl_compile.kernels.quantise_tokens import quantise_tokens
 
@@ -31,7 +32,7 @@ def test_each_group_is_quantised_by_itself(count, groups, bits, per, dtype, most
     positions = torch.stack([torch.randperm(150, generator=generator)[:count].sort().values for _ in range(2 * groups)])
     positions, x = positions.view(2, groups, count), SOME.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MOST", most)
+        patch.setattr(common, "MOST", most)
         codes, scales = quantise_tokens(x, positions, bits, per)
     padded = groups_of(count) * GROUP
     assert codes.shape == (2, 4, padded, 2 * bits) and codes.dtype == torch.uint8
@@ -68,7 +69,7 @@ def test_the_order_in_memory_does_not_matter(per):
 def test_a_few_groups_are_widened_at_a_time(monkeypatch):
     """What is alive at once is bounded, however long the prompt."""
     sizes = []
-    monkeypatch.setattr(module, "MOST", 2 * 4 * 16 * GROUP)
+    monkeypatch.setattr(common, "MOST", 2 * 4 * 16 * GROUP)
     monkeypatch.setattr(module, "quantised", lambda x, *given: sizes.append(x.numel()) or quantised(x, *given))
     quantise_tokens(SOME, torch.arange(150).expand(2, 1, -1), 4, "token")
     assert sizes == [2 * 4 * 16 * GROUP] * 3

@@ -128,6 +128,12 @@ def _decode_attention(x: Arguments) -> int:
     return _flops(x["q"], x["values"], _all_rows(x["q"]), columns, False, x["mask"])
 
 
+def _decode_quantised(x: Arguments) -> int:
+    """Every prompt token is there; what turns codes into numbers is no matrix product."""
+    columns = torch.arange(x["n"], device=x["q"].device)[None]
+    return _flops(x["q"], x["values"], _all_rows(x["q"]), columns, False, x["mask"])
+
+
 def _window_attention(x: Arguments) -> int:
     """Kept rows see kept keys, with `kept_window` local ones too; other rows see local ones, padding among them.
 
@@ -157,6 +163,7 @@ FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "zipvl::token_scores": _token_scores,
     "zipvl::sparse_attention": _sparse_attention,
     "zipvl::decode_attention": _decode_attention,
+    "zipvl::decode_quantised": _decode_quantised,
     "zipvl::window_attention": _window_attention,
 }
 #: Operators of this package without a matrix product.
@@ -165,6 +172,7 @@ FREE = frozenset(
     for name in (
         "append_tokens", "append_tokens_torch", "fixed_positions", "fixed_rows", "gather_kv", "gather_tokens",
         "held_rows", "hiding_rows", "kv_view", "note_queries", "other_tokens", "probe_positions", "quantise_tokens",
-        "room_for_queries", "row_count", "select_tokens", "to_host", "token_positions", "with_others", "with_room",
+        "restore_tokens", "room_for_queries", "row_count", "select_tokens", "to_host", "token_positions", "with_others",
+        "with_room",
     )
 )  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quantised import by_hand
 
 from zipvl_compile.kernels.common.codes import BITS, GROUP, bits_of, dequantised, groups_of, packed, planes, quantised
 
@@ -11,19 +12,6 @@ in_every_width = pytest.mark.parametrize("bits", BITS)
 in_every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
 )
-
-
-def by_hand(codes, scales, width):
-    """Return float64 numbers that codes stand for, one byte and one scale after the other."""
-    bits = 8 * codes.shape[-1] // width
-    out = torch.empty(*codes.shape[:3], width, dtype=torch.float64)
-    for channel in range(width):
-        byte = codes[..., channel % codes.shape[-1]].long()
-        code = byte // 2 ** (bits * (channel // codes.shape[-1])) % 2**bits
-        shared = scales.double()[:, :, :, channel % scales.shape[3]]  # [B, H, S, 2]
-        shared = shared.repeat_interleave(codes.shape[2] // scales.shape[2], 2) if codes.shape[2] else shared[:, :, :0]
-        out[..., channel] = code * shared[..., 0] + shared[..., 1]
-    return out
 
 
 def test_bytes_hold_channels_plane_by_plane():

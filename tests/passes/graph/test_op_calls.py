@@ -13,7 +13,7 @@ from zipvl_compile.passes.graph.op_calls import GatherTokensCall, SelectTokensCa
 
 VIEWS = OpCall.__subclasses__()
 WRITTEN_BY_THE_CACHE_LAYER = {"append_tokens"}  # no pass looks at it
-BEHIND_ANOTHER = {"token_scores_torch", "append_tokens_torch", "decode_attention_torch"}
+BEHIND_ANOTHER = {"token_scores_torch", "append_tokens_torch", "decode_attention_torch", "decode_quantised_torch"}
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)

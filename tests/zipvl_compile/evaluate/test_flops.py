@@ -88,6 +88,17 @@ def test_decode_attention_counts_cached_tokens():
         assert counted(run) == pairs * HEADS * 2 * (D + DV)
 
 
+def test_decode_quantised_counts_every_prompt_token():
+    q, k, v = qkv(m=2)
+    others = ops.other_tokens(KEPT, N)
+    coded = *ops.quantise_tokens(k, others, 4, "channel"), *ops.quantise_tokens(v, others, 4, "token")
+    buffers = torch.randn(1, KV_HEADS, 9, D), torch.randn(1, KV_HEADS, 9, DV)
+    mask = torch.ones(1, 1, 2, 8, dtype=torch.bool).tril(6)
+    for given, pairs in ((None, 2 * 8), (mask, 7 + 8)):
+        run = lambda given=given: ops.decode_quantised(q, *buffers, KEPT, N, 8, *coded, given, None, None)  # noqa: E731
+        assert counted(run) == pairs * HEADS * 2 * (D + DV)
+
+
 @pytest.mark.parametrize(
     ("kept_window", "queries", "sinks", "pairs"),
     [
@@ -128,6 +139,7 @@ def test_every_operator_is_known():
         *FORMULAS,
         *FREE,
         "zipvl::decode_attention_torch",
+        "zipvl::decode_quantised_torch",
         "zipvl::probe_rows",
         "zipvl::token_scores_torch",
     }
