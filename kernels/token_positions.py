@@ -34,5 +34,7 @@ def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> tor
     Returns:
         int64 `[B, G, P + n - prompt_length]`, ascending.
     """
-    later = torch.arange(prompt_length, n, device=positions.device).expand(*positions.shape[:2], -1)
-    return torch.cat([positions, later], dim=2)
+    # Not a `cat` with the later ones: of those there is one at first, and a size of one is compiled apart from others.
+    kept = positions.shape[2]
+    every = torch.arange(kept + n - prompt_length, device=positions.device) + (prompt_length - kept)
+    return torch.slice_scatter(every.expand(*positions.shape[:2], -1), positions, 2, 0, kept)

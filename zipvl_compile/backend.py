@@ -30,7 +30,7 @@ from zipvl_compile.dynamo import (
     leave_uncompiled,
     mark_address_as_fixed,
     mark_size_as_changing,
-    raise_recompile_limit,
+    set_up_calls,
     zipvl_backend,
 )
 from zipvl_compile.gradients import gradients_matter
@@ -47,8 +47,9 @@ from zipvl_compile.report.compile_report import record, record_training
 
 log = logging.getLogger("zipvl_compile")
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
-# PyTorch's 8 are soon used up, and everything after that runs in eager mode.
-raise_recompile_limit(64)
+# PyTorch's 8 are soon used up, and everything after that runs in eager mode. The lengths of a cache change with every
+# step and prompt: a graph for the first ones alone would serve one step.
+set_up_calls(64, r".*\.cumulative_length,.*\.prompt_length")
 # Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
 # every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
 CHEAP = ("get_placeholder_mask",)

@@ -160,13 +160,18 @@ def recompile_unless(holds: Callable[[], bool], text: str) -> bool:
     return True
 
 
-def raise_recompile_limit(least: int) -> None:
+def set_up_calls(least: int, changing: str) -> None:
     """Let zipvl's calls of compiled functions compile each code object `least` times in the place of PyTorch's 8.
 
     Dynamo asks hooks for a description of every compile before it looks at the limit; this one raises it until the call
     has returned. Calls of other backends, and a limit that the user set, stay as they are.
+
+    Args:
+        least: times.
+        changing: regular expressions, with commas between, of the numbers that are taken for any number at once, as in
+            `torch.compiler.config.dynamic_sources`.
     """
-    config = torch._dynamo.config
+    config, public = torch._dynamo.config, torch.compiler.config
     patch = config._make_closure_patcher(recompile_limit=least)
 
     def describe() -> str:
@@ -175,6 +180,9 @@ def raise_recompile_limit(least: int) -> None:
             return ""
         if config.recompile_limit == PYTORCHS_RECOMPILE_LIMIT:
             frame.f_locals["cleanups"].append(patch())  # what is done when the call returns
+        if changing not in public.dynamic_sources:
+            all_of_them = ",".join(filter(None, (public.dynamic_sources, changing)))
+            frame.f_locals["cleanups"].append(public._make_closure_patcher(dynamic_sources=all_of_them)())
         return "zipvl"
 
     torch._dynamo.register_hook_for_recompile_user_context(describe)
