@@ -29,7 +29,10 @@ from triton.runtime.jit import JITFunction
 
 from zipvl_compile.kernels import append_tokens as _append
 from zipvl_compile.kernels import decode_attention as _decode
+from zipvl_compile.kernels import decode_quantised as _decode_few
+from zipvl_compile.kernels import decode_quantised_triton as _few
 from zipvl_compile.kernels import gather_tokens as _gather
+from zipvl_compile.kernels import quantise_tokens as _quantise
 from zipvl_compile.kernels import select_tokens as _select
 from zipvl_compile.kernels import sparse_attention as _attend
 from zipvl_compile.kernels import token_scores as _score
@@ -43,7 +46,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that one program may have
-IN_GRAPH = {_decode.__name__, _score.__name__}  # Inductor launches these, and gives them Python floats as fp64
+IN_GRAPH = {_decode.__name__, _few.__name__, _score.__name__}  # Inductor launches these, with Python floats as fp64
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.uint8: "u8", torch.bool: "i1"}  # fmt: skip
 
@@ -109,6 +112,19 @@ def cases() -> dict[str, Callable[[], object]]:
                 kernel="triton",
             ),
         }
+
+        others = torch.arange(1, 512, 2).repeat(1, 1, 1)
+        for bits in (8, 4, 2):
+            codes = (
+                *_quantise.quantise_tokens(k, others, bits, "channel"),
+                *_quantise.quantise_tokens(v, others, bits, "token"),
+            )
+            for kind, mask in (("", None), (" with padding", torch.ones(1, 1, 1, 513, dtype=torch.bool))):
+                made[f"{name}, decode, {bits} bits{kind}"] = (
+                    lambda n=new, k=keys, v=values, p=positions, c=codes, m=mask: _decode_few.decode_quantised(
+                        n[0], k, v, p, 512, 513, *c, m, kernel="triton"
+                    )
+                )
 
         def near(mask, every_row, q=q, k=k, v=v, keys=keys, values=values, positions=positions):
             given = (q, k, v, keys, values, positions, torch.arange(4)[None], mask)
