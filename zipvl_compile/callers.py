@@ -44,6 +44,17 @@ def decoder_layers() -> int | None:
     return None
 
 
+def attention_switch() -> str | None:
+    """Return the `attn_implementation` of the innermost model on the stack; None where none has one."""
+    frame = sys._getframe()
+    while frame is not None:
+        found = getattr(getattr(frame.f_locals.get("self"), "config", None), "_attn_implementation", None)
+        if isinstance(found, str):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 def _count(asked: Any) -> int:
     if type(asked) is not int or asked < 1:
         return 0

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from zipvl_compile.attention_switch import check, switch
 from zipvl_compile.dynamo import apart, backend_of_call, in_place_for_zipvl, is_wrapped_for_zipvl, original_of
 from zipvl_compile.options import ZipVLOptions
 
@@ -29,7 +30,7 @@ _checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def compile(
-    model: torch.nn.Module, *, path: str | None = None, **options: Any
+    model: torch.nn.Module, *, path: str | None = None, attention: str | None = None, **options: Any
 ) -> list[str]:  # a verb, as torch.compile
     """Compile a Hugging Face model for zipvl, in place, so that its `generate` uses it.
 
@@ -39,6 +40,7 @@ def compile(
     Args:
         model: any Hugging Face model, or a module around one (peft, a wrapper): what can generate in it is compiled.
         path: of the one module to compile instead, such as "language_model"; "" is the model itself.
+        attention: "sdpa" or "eager": the `attn_implementation` to set in all parts that have it; None leaves it.
         options: see `ZipVLOptions`.
 
     Returns:
@@ -46,15 +48,20 @@ def compile(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown option or a bad value, a path that leads nowhere, or a model with a `generate` of its own
-            and nothing in it that is known to generate; nothing is compiled then.
+        ValueError: an unknown option or a bad value, a path that leads nowhere, an attention that the decoder does not
+            have, or a model with a `generate` of its own and nothing in it that is known to generate; nothing is
+            compiled then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}. Pass a Hugging Face model.")
     ZipVLOptions.parse(options)
+    check(attention)
     model = original_of(model)
     paths = generating_modules(model) if path is None else [path]
-    for part in [_part(model, path) for path in paths]:
+    parts = [_part(model, path) for path in paths]
+    if attention is not None:
+        switch(model, parts, attention)
+    for part in parts:
         part.compile(backend="zipvl", options=options, **apart())
     for path in paths:
         log.info("zipvl compiles %s", f"{type(model).__name__}.{path}" if path else type(model).__name__)

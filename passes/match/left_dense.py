@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.passes.graph.op_calls import GatherTokensCall, KVViewCall, TokenPositionsCall
-from zipvl_compile.passes.graph.reading import arguments, example, is_op, shared, written
+from zipvl_compile.passes.graph.reading import arguments, example, is_op, of, shared, spelled, written
 from zipvl_compile.passes.masks import mask_form
 from zipvl_compile.passes.match import cache_layers
 from zipvl_compile.passes.match.attention_site import Attention, module_path
@@ -51,8 +51,8 @@ FOREIGN_CACHE = Reason(
 OTHER_CACHE = Reason(
     Why.OTHER_CACHE, "the KV cache holds something else than keys and values: latents, an index or a state"
 )
+SDPA_HELPS = "call model.set_attn_implementation('sdpa')"
 BROKEN = Reason(Why.OTHER_GRAPH, "a graph break lies between the cache update and the attention")
-SDPA_HELPS = "load the model with attn_implementation='sdpa'"
 
 
 def classify_all(attentions: list[Attention]) -> list[tuple[Kind, Reason]]:
@@ -177,8 +177,32 @@ def _unread(marker: Node, source: Node, nearest: Attention | NearMiss | None) ->
         difference = TokenRows(_stored(marker)).differs((nearest.key, nearest.value))
         return Reason(Why.LATENT_CACHE, f"latent KV cache: {difference or 'keys and values are not cached alike'}")
     if nearest is None:
-        return Reason(Why.NOT_RECOGNISED, f"no attention over the cached keys: {SDPA_HELPS}")
+        kernel = _first_kernel(source)
+        found = "no attention over the cached keys" if kernel is None else f"the cached keys are read by {kernel}"
+        return Reason(Why.NOT_RECOGNISED, f"{found}: {SDPA_HELPS}")
     return Reason(Why.NOT_RECOGNISED, f"not recognised as attention ({nearest}): {SDPA_HELPS}")
+
+
+def _first_kernel(source: Node) -> str | None:
+    """Return what the cached tensor flows into first that is no operation of PyTorch, such as `flash_attn::fwd`."""
+    reached, node = {source}, source.next
+    while node.op != "output":
+        if not reached.isdisjoint(node.all_input_nodes):
+            operation = of(node)
+            name = spelled(node) if operation is None else operation.name
+            if operation is None or ("::" in name and not name.startswith(("aten::", "zipvl::"))):
+                return name
+            reached.add(node)
+        node = node.next
+    return None
+
+
+def read_alone(miss: NearMiss) -> tuple[Kind, Reason]:
+    """Return kind and reason of what resembles attention where no marker of a cache layer leads to it."""
+    key = miss.node.args[1] if miss.is_flex else None
+    if isinstance(key, Node) and _grows(key) and _extends_input(key):
+        return "decode", FULL_CACHE
+    return "other", miss.reason
 
 
 def _stored(marker: Node) -> list[Node]:

@@ -10,6 +10,8 @@ from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.match.attention_site import module_path
 from zipvl_compile.passes.match.reasons import Reason, Why
 
+FLEX_ATTENTION = "FlexAttention"  # the pattern of calls that no pattern is made of
+
 
 @dataclass(frozen=True)
 class NearMiss:
@@ -36,6 +38,11 @@ class NearMiss:
     def reason(self) -> Reason:
         """Return why it stays as it is."""
         return Reason(Why.FLEX_ATTENTION, str(self))
+
+    @property
+    def is_flex(self) -> bool:
+        """Return whether it is a FlexAttention call."""
+        return self.pattern == FLEX_ATTENTION
 
     @property
     def listed_alone(self) -> bool:

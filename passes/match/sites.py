@@ -17,7 +17,7 @@ from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks, MaskForm
 from zipvl_compile.passes.match import cache_layers, eager, left_dense, sdpa
 from zipvl_compile.passes.match.attention_site import Attention, AttentionShape
-from zipvl_compile.passes.match.near_miss import NearMiss
+from zipvl_compile.passes.match.near_miss import FLEX_ATTENTION, NearMiss
 from zipvl_compile.passes.match.outcome import Demand, Demanded, Kind, Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Reason
 
@@ -161,7 +161,7 @@ def match(graph: Graph) -> Sites:
         sites.others.append(site)
     sites.unread = [outcome for outcome, _ in unread]
     sites.unread += [
-        SiteOutcome(miss.name, "other", miss.reason)
+        SiteOutcome(miss.name, *left_dense.read_alone(miss))
         for miss in misses
         if miss.listed_alone and miss.node not in explained
     ]
@@ -174,7 +174,7 @@ def read_all(graph: Graph) -> tuple[list[Attention], list[NearMiss]]:
     misses: list[NearMiss] = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target is FLEX:
-            misses.append(NearMiss(node, "FlexAttention", _FLEX_IS_CODE))
+            misses.append(NearMiss(node, FLEX_ATTENTION, _FLEX_IS_CODE))
             continue
         form = sdpa if is_op(node, "scaled_dot_product_attention") else eager if eager.is_softmax(node) else None
         if form is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zipvl_compile.callers import COUNTS, decoder_layers, newest_rows_read
+from zipvl_compile.callers import COUNTS, attention_switch, decoder_layers, newest_rows_read
 from zipvl_compile.dynamo import recompile_unless
 
 
@@ -121,3 +121,18 @@ def test_the_innermost_module_with_a_config_knows_the_layers(layers, told):
             return decoder_layers()
 
     assert Outer()() == told and decoder_layers() is None
+
+
+class Switched(nn.Module):
+    def __init__(self, switch, inner=None):
+        super().__init__()
+        self.config, self.inner = SimpleNamespace(_attn_implementation=switch), inner
+
+    def forward(self):
+        return attention_switch() if self.inner is None else self.inner()
+
+
+def test_the_attention_switch_is_that_of_the_innermost_model_that_has_one():
+    assert attention_switch() is None
+    assert Switched("sdpa", Switched("eager"))() == "eager"
+    assert Switched("sdpa", Switched(None))() == "sdpa"

@@ -7,14 +7,18 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph
 
+from zipvl_compile.attention_switch import READ
+from zipvl_compile.callers import attention_switch
 from zipvl_compile.passes.cost_model import NEVER
+from zipvl_compile.passes.match.left_dense import BROKEN, SDPA_HELPS
 from zipvl_compile.passes.match.outcome import Demand, Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import read_all
+from zipvl_compile.passes.tokenwise.zero_rows import LEAVES_THE_GRAPH
 from zipvl_compile.pipeline import Rewritten
 
 log = logging.getLogger("zipvl_compile")
@@ -75,7 +79,16 @@ def record(done: Rewritten) -> CompileReport:
     """Keep the report of one compile, log it, and warn once per reason about decoder attention that stays dense."""
     sites = done.sites
     demanded = str(sites.demanded) if any(site.rewritten for site in sites.prefill) else ""
-    return _keep(CompileReport(sites.outcomes, sites.pruned, sites.demands, demanded, done.seconds, done.faults))
+    outcomes = [_with_remedy(site, attention_switch()) for site in sites.outcomes]
+    return _keep(CompileReport(outcomes, sites.pruned, sites.demands, demanded, done.seconds, done.faults))
+
+
+def _with_remedy(site: SiteOutcome, switch: str | None) -> SiteOutcome:
+    """Say of a graph break before an attention where it may come from the attention itself, as in flash functions."""
+    if site.reason is not BROKEN or switch in (None, *READ):
+        return site
+    text = f"{BROKEN}, as attn_implementation={switch!r} may make one: {SDPA_HELPS}"
+    return replace(site, reason=replace(BROKEN, text=text))
 
 
 def record_training(graph: Graph) -> CompileReport:
@@ -96,9 +109,9 @@ def _keep(report: CompileReport) -> CompileReport:
             _warn_once(str(site.reason), f"zipvl leaves {site.layer} dense ({site.kind}): {site.reason}")
     for note in {site.note: None for site in report.sites if site.note is not None}:
         _warn_once(str(note), f"zipvl: {note}.")
-    line = left_dense(site.reason for site in report.sites)
-    if line is not None:
-        _warn_once(line, f"zipvl: {line}")
+    for line in (left_dense(site.reason for site in report.sites), split(report.pruned)):
+        if line is not None:
+            _warn_once(line, f"zipvl: {line}")
     return report
 
 
@@ -120,6 +133,17 @@ def left_dense(reasons: Iterable[Reason | None]) -> str | None:
     return (
         f"this prompt stays dense, as all of fewer than {min(lengths)} tokens do (option min_tokens, by default where "
         "no time would be gained); options={'min_tokens': 0} compacts them all the same."
+    )
+
+
+def split(pruned: Iterable[Pruning]) -> str | None:
+    """Return the line about layers whose graphs end between the attention and its projection; None where none does."""
+    if not any(LEAVES_THE_GRAPH in reason for one in pruned for reason in one.reasons.values()):
+        return None
+    return (
+        "graphs end between an attention and its projection, so that prompts are attended to densely and only the KV "
+        "cache is compacted. Hooks of accelerate (a device_map over several devices, offloading) and DoRA adapters do "
+        "that: load the model onto one device, spread it with tp_plan='auto', or merge the adapters before compiling."
     )
 
 

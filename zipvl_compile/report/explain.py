@@ -72,7 +72,7 @@ def explain(model: torch.nn.Module, *, options: Mapping[str, Any] | None = None,
     sites = [site for one in reports for site in _in_model_order([_with_full_name(s, model) for s in one.sites], model)]
     rows = _with_kept_tokens(_without_repeats(sites), model, kept, prompt_length)
     pruned = [_with_full_name(pruning, model) for one in reports for pruning in one.pruned]
-    notes += _read_rows(reports) + _around_attention(pruned) + _advice(rows)
+    notes += _read_rows(reports) + _around_attention(pruned) + _advice(rows, pruned)
     if parsed.min_tokens is None:
         notes += [str(speed) for speed in asked_for(outputs.logits.device)]
     return Explanation(_with_pruned(rows, pruned), prompt_length, notes)
@@ -237,6 +237,6 @@ def _around_attention(pruned: list[Pruning]) -> list[str]:
     return [f"Computed for every token in {n} layers: {part} ({reason})." for (part, reason), n in found.items()]
 
 
-def _advice(rows: list[ExplainedSite]) -> list[str]:
-    line = report.left_dense(row.reason for row in rows)
-    return [] if line is None else [line[0].upper() + line[1:]]
+def _advice(rows: list[ExplainedSite], pruned: list[Pruning]) -> list[str]:
+    lines = (report.left_dense(row.reason for row in rows), report.split(pruned))
+    return [line[0].upper() + line[1:] for line in lines if line is not None]

@@ -5,13 +5,19 @@ import torch
 import torch.nn.functional as F
 from support.graph_modules import Wrapped
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.passes.match import left_dense
+from zipvl_compile.passes.match.sites import match
 
 EAGER = (
     "not recognised as attention (nearest pattern: eager attention; first difference: the attention weights go through "
-    "'relu' before the values): load the model with attn_implementation='sdpa'"
+    "'relu' before the values): call model.set_attn_implementation('sdpa')"
+)
+FLEX = (
+    "nearest pattern: FlexAttention; first difference: its mask and scores are functions (mask_mod, score_mod), not "
+    "tensors"
 )
 CROSS = "no KV cache: cross-attention, or an encoder that attends in chunks"
 VISION = "no KV cache: a vision tower or an encoder"
@@ -119,6 +125,25 @@ def eager_prefill(modules, q, k, v):
     return matmul_attention(q, k, v), modules.cache(k, v)
 
 
+@torch.library.custom_op("zipvl_tests::flash", mutates_args=())
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@flash.register_fake
+def _(q, k, v):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def flash_prefill(modules, q, k, v):
+    stored = modules.cache(k, v)
+    return flash(q, k.transpose(1, 2).transpose(1, 2), v), stored
+
+
+def cached_and_not_read(modules, q, k, v):
+    return modules.attend(q, q, q), modules.cache(k, v), k + 1
+
+
 def eager_decode(modules, q, k, v):
     kept = torch.arange(20).repeat(2, 1, 1)
     return matmul_attention(q[:, :, :1], ops.kv_view(k, kept, 20, 20), ops.kv_view(v, kept, 20, 20))
@@ -143,6 +168,11 @@ REASONS = {
     window_of_a_static_cache: [("prefill", str(left_dense.WINDOW))],
     keys_of_one_layer_and_values_of_none: [("decode", "keys and values are not cached by the same layer")],
     eager_prefill: [("prefill", EAGER)],
+    flash_prefill: [("prefill", "the cached keys are read by zipvl_tests::flash: " + left_dense.SDPA_HELPS)],
+    cached_and_not_read: [
+        ("other", VISION),
+        ("prefill", "no attention over the cached keys: " + left_dense.SDPA_HELPS),
+    ],
 }
 
 
@@ -254,7 +284,7 @@ def test_graph_break_between_cache_and_attention_is_not_blamed_on_the_attention_
         return modules.attend(q, k, v, is_causal=True), stored
 
     _, recorder = record(Wrapped(broken), *modules.qkv())
-    assert all("attn_implementation" not in reason for _, reason in reported(recorder))
+    assert all("_implementation" not in reason for _, reason in reported(recorder))
 
 
 def test_every_attention_of_a_mixed_graph_is_reported_exactly_once(record, modules):
@@ -282,3 +312,35 @@ def test_attention_without_a_head_axis_is_reported(record):
             "first difference: inputs are not [batch, heads, tokens, head_dim]",
         )
     ]
+
+
+def flex_decode(q, k, v):
+    k, v = torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
+    return flex_attention(q[:, :, :1], k, v, enable_gqa=True), k, v
+
+
+def flex_over_keys_that_are_only_looked_at(q, k, v):
+    return flex_decode(q, k, v)[0]
+
+
+def flex_without_a_cache(q, k, v):
+    return flex_attention(q, k + 1, v + 1, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [(flex_decode, ("decode", FULL)), (flex_over_keys_that_are_only_looked_at, ("other", FLEX)),
+     (flex_without_a_cache, ("other", FLEX))],
+)  # fmt: skip
+def test_flex_attention_over_a_cache_that_grows_is_decoding(modules, case, expected):
+    """The graph is read and not run: what FlexAttention returns besides its output is not what it is traced to be."""
+    found = []
+
+    def read(gm, inputs):
+        found.extend((one.kind, str(one.reason)) for one in match(gm.graph).outcomes)
+        outputs = gm.graph.output_node().args[0]
+        return lambda *given: given[:1] * len(outputs)
+
+    torch._dynamo.reset()
+    torch.compile(case, backend=read)(*modules.qkv())
+    assert found == [expected]

@@ -98,7 +98,7 @@ def test_near_miss_is_untouched_and_names_its_first_difference(record, modules, 
     out, recorder = record(module, q, k, v, causal())
     assert not recorder.added[0] and not recorder.erased[0]
     ((kind, reason),) = outcomes(recorder)
-    assert kind == "prefill" and "attn_implementation='sdpa'" in reason
+    assert kind == "prefill" and "set_attn_implementation('sdpa')" in reason
     difference = eager_forms.NEAR_MISSES[near_miss]
     wanted = f"nearest pattern: eager attention; first difference: {difference})" if difference else "no attention over"
     assert wanted in reason

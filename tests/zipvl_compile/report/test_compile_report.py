@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import zipvl_compile
-from zipvl_compile.passes.match.outcome import SiteOutcome
+from zipvl_compile.passes.match.left_dense import BROKEN
+from zipvl_compile.passes.match.outcome import Pruning, SiteOutcome
 from zipvl_compile.passes.match.reasons import Reason, Why
 from zipvl_compile.passes.match.sites import Sites
+from zipvl_compile.passes.tokenwise.zero_rows import LEAVES_THE_GRAPH
 from zipvl_compile.pipeline import Rewritten
 from zipvl_compile.report import compile_report as module
-from zipvl_compile.report.compile_report import collect, recent_reports, record, record_training
+from zipvl_compile.report.compile_report import collect, recent_reports, record, record_training, split
 
 GRAPH = torch.fx.Graph()
 REWRITTEN = SiteOutcome("layers.0.attn", "prefill")
@@ -92,3 +94,25 @@ def test_a_graph_that_is_differentiated_names_every_attention_of_it():
     with pytest.warns(UserWarning, match="gradients are on"):
         (site,) = record_training(graph).sites
     assert site.reason is module.GRADIENTS and not site.rewritten
+
+
+@pytest.mark.parametrize("switch", ["flash_attention_2", "sdpa", "eager", None])
+def test_a_graph_break_before_an_attention_is_blamed_on_a_switch_that_is_not_read(monkeypatch, switch):
+    monkeypatch.setattr(module, "attention_switch", lambda: switch)
+    with pytest.warns(UserWarning, match=r"a graph break lies between|its mask is odd"):
+        broken, odd = record(compiled(SiteOutcome("layers.0.attn", "prefill", BROKEN), ODD)).sites
+    remedy = ", as attn_implementation='flash_attention_2' may make one: call model.set_attn_implementation('sdpa')"
+    assert str(broken.reason) == str(BROKEN) + (remedy if switch == "flash_attention_2" else "") and odd is ODD
+    assert broken.reason.why is BROKEN.why
+
+
+def test_layers_whose_graphs_end_below_the_attention_are_said_once():
+    whole = Pruning("layers.0.attn", {"v": "every token attends to its window"})
+    ends = Pruning("layers.0.attn", {"output": f"the attention is dense: {LEAVES_THE_GRAPH}"})
+    assert split([]) is None and split([whole]) is None
+    done = compiled(REWRITTEN)
+    done.sites.pruned = [whole, ends, ends]
+    with pytest.warns(UserWarning, match=r"only the KV cache is compacted.*one device.*tp_plan='auto'") as given:
+        record(done)
+        record(done)
+    assert len(given) == 1
