@@ -20,6 +20,7 @@ from zipvl_compile.kernels.common import tiles
 from zipvl_compile.kernels.common.dispatch import has_known_sizes, is_traced, launchable, use_triton
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.decode_attention_torch import check, decode_in_graph, empty_output
+from zipvl_compile.kernels.token_positions import cached_count
 
 PROGRAMS = 1024  # enough to fill a large GPU several times
 MAX_SPLITS = 64
@@ -159,7 +160,7 @@ class Parts:
         n: int, mask: torch.Tensor | None, scale: float | None, softcap: float | None, held: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """Write the first parts: those of the tokens in the buffers."""
-        length = positions.shape[2] + n - prompt_length  # all rows, where the device knows how many there are
+        length = cached_count(positions, prompt_length, n)  # all rows, where the device knows how many there are
         launchable(_decode_kernel, q)[self.grid](
             q, keys, values, positions.contiguous(), held=q if held is None else held, P=positions.shape[2],
             prompt_length=prompt_length, length=length, part=self.tokens(length), GROUPS=positions.shape[1],

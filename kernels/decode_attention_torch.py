@@ -11,7 +11,7 @@ import torch
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.common.dense_attention import dense_attention
 from zipvl_compile.kernels.common.masks import take
-from zipvl_compile.kernels.token_positions import cached_positions
+from zipvl_compile.kernels.token_positions import cached_count, cached_positions
 
 
 def check(
@@ -24,7 +24,7 @@ def check(
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     check_positions(operator, positions, q.shape[0], keys.shape[1])
-    length = positions.shape[2] + n - prompt_length
+    length = cached_count(positions, prompt_length, n)
     if not 0 < length <= keys.shape[2]:
         fail(operator, "keys", f"at least {length} cached tokens", keys.shape[2], "Append first.")
     check_attention_inputs(operator, q, keys[:, :, :length], values[:, :, :length])
@@ -63,7 +63,7 @@ def decode_in_graph(
     (batch, heads, m, width), kv_heads = q.shape, keys.shape[1]
     factor, shown = heads // kv_heads, None
     if held is None:
-        length = positions.shape[2] + n - prompt_length
+        length = cached_count(positions, prompt_length, n)
         keys, values = keys[:, :, :length], values[:, :, :length]
     else:
         shown = (torch.arange(keys.shape[2], device=q.device) < held).expand(batch, 1, 1, -1)  # [B, 1, 1, C]

@@ -19,7 +19,7 @@ from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.decode_attention_torch import check as check_cache
 from zipvl_compile.kernels.decode_attention_torch import empty_output
 from zipvl_compile.kernels.other_tokens import other_tokens
-from zipvl_compile.kernels.token_positions import cached_positions
+from zipvl_compile.kernels.token_positions import cached_count, cached_positions
 
 NAME = "decode_quantised"
 
@@ -73,7 +73,7 @@ def _attend_cached(
     mask: torch.Tensor | None, scale: float | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attend to what the buffers hold, see `with_lse`."""
-    length = positions.shape[2] + n - prompt_length
+    length = cached_count(positions, prompt_length, n)
     bias = None if mask is None else _at(mask, q, cached_positions(positions, prompt_length, n))
     return with_lse(q, keys[:, :, :length], values[:, :, :length], bias, False, scale, softcap)
 

@@ -23,6 +23,12 @@ def token_positions(k: torch.Tensor) -> torch.Tensor:
     return torch.ops.zipvl.token_positions(k)
 
 
+def cached_count(positions: torch.Tensor, prompt_length: int, n: int) -> int:
+    """Return how many tokens are in memory: the kept ones `[B, G, P]` of a prompt, and every later one of n in all."""
+    # Not `P + n - prompt_length`: PyTorch 2.13 takes an n that is a sum of symbols, known to be constant, for 0 there.
+    return n - (prompt_length - positions.shape[2])
+
+
 def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> torch.Tensor:
     """Return where every cached token stands in the sequence.
 
@@ -36,5 +42,6 @@ def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> tor
     """
     # Not a `cat` with the later ones: of those there is one at first, and a size of one is compiled apart from others.
     kept = positions.shape[2]
-    every = torch.arange(kept + n - prompt_length, device=positions.device) + (prompt_length - kept)
-    return torch.slice_scatter(every.expand(*positions.shape[:2], -1), positions, 2, 0, kept)
+    row = torch.arange(cached_count(positions, prompt_length, n), device=positions.device)
+    row = row.expand(*positions.shape[:2], -1)
+    return torch.where(row < kept, positions.gather(2, row.clamp(max=kept - 1)), row + (prompt_length - kept))

@@ -52,8 +52,8 @@ def quantised(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, torc
     scale = exact.to(x.dtype)
     above = scale.view(_AS_INTEGER[x.element_size()]).add(1).view(x.dtype)
     scale = torch.where(scale < exact, above, scale)
-    step = scale.to(wide.dtype)
-    codes = ((wide - zero) / step.masked_fill(step == 0, 1.0)).round_().nan_to_num_(0.0).clamp_(0, most)
+    codes = ((wide - zero) / scale.to(wide.dtype)).round_()
+    codes = codes.nan_to_num_(0.0).clamp_(0, most)  # where all are equal it is 0 / 0; no integer is what NaN becomes
     return packed(codes.to(torch.uint8), bits), torch.stack((scale, zero.to(x.dtype)), -1)
 
 

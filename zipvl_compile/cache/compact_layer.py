@@ -35,6 +35,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
             hold the kept prompt tokens, then every later token, then spare rows; else every token and no more.
         positions: int64 `[B, G, P]`, where the kept prompt tokens stood; None unless the layer is compacted.
         prompt_length: length of the compacted prompt (tokens).
+        selected_from: how many tokens were in memory at once when the layer was last selected from (tokens).
         cumulative_length: logical length of a compacted layer (tokens); 0 otherwise, where `keys` says it.
         other_keys, other_values, key_scales, value_scales: the other tokens of the prompt, where the options `evict`
             keep them: in host memory, or as codes with their scales; else None.
@@ -48,6 +49,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
     positions: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
     cumulative_length: int = 0
+    selected_from: int = 0
     other_keys = other_values = key_scales = value_scales = queries = None
     borrowed: bool = False
     lent: bool = False
@@ -165,7 +167,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         store_others(self, k, v)
         if reselect_every():
             self.queries = ops.room_for_queries(k, reselect_every())
-        self.prompt_length = self.cumulative_length = n
+        self.prompt_length = self.cumulative_length = self.selected_from = n
         return k, v
 
     def _continue(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,7 +248,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         """Empty the layer."""
         super().reset()
         self.key_buffer = self.value_buffer = self.positions = None  # type: ignore[assignment]
-        self.prompt_length = self.cumulative_length = 0
+        self.prompt_length = self.cumulative_length = self.selected_from = 0
         self.is_initialized = self.borrowed = self.lent = False
         self.queries = None
         forget_others(self)

@@ -38,6 +38,7 @@ class CompactStaticLayer(TwoBuffers, StaticLayer):
         held: int64 `[]`, how many rows are in use.
         cumulative_length: int64 `[]`, logical length (tokens).
         prompt_length: length of the compacted prompt (tokens).
+        selected_from: how many tokens were in memory at once when the layer was selected from (tokens).
     """
 
     _layer_type = "full_attention"
@@ -45,6 +46,7 @@ class CompactStaticLayer(TwoBuffers, StaticLayer):
     where: torch.Tensor = None  # type: ignore[assignment]
     held: torch.Tensor = None  # type: ignore[assignment]
     prompt_length: int = 0
+    selected_from: int = 0
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         # `generate` makes a cache as long as the longest one before; what is kept here needs no such room.
@@ -147,7 +149,8 @@ class CompactStaticLayer(TwoBuffers, StaticLayer):
         self.cumulative_length = ops.fixed_rows(torch.full((), n, dtype=torch.int64, device=k.device))
         self.batch_size, self.num_heads = k.shape[:2]
         self.k_head_dim, self.v_head_dim = k.shape[3], v.shape[3]
-        self.device, self.is_initialized, self.prompt_length = k.device, True, n
+        self.device, self.is_initialized = k.device, True
+        self.prompt_length = self.selected_from = n
         return k, v
 
     def _decode(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from zipvl_compile.kernels.token_positions import cached_positions
 def compact_again(layer: Any) -> None:
     """Store anew what a compacted `CompactLayer` has in memory, or anywhere, to which the new tokens were appended."""
     used, n = layer.cached_length, layer.cumulative_length
+    layer.selected_from = used if layer.other_keys is None else n
     if layer.other_keys is not None:
         keys, values = recalled(layer)
         layer.positions = rows = ops.token_positions(keys)

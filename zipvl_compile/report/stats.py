@@ -28,6 +28,7 @@ class LayerStats:
         bytes_freed: what the other tokens of the prompt would take, less what they take at few bits.
         bytes_on_host: of the other tokens, in host memory.
         bits: of each number of the other tokens, where the layer holds them at few bits; else 0.
+        bytes_at_selection: of all the tokens that it was last selected from; 0 where it was not.
         why_dense: why it was not compacted; empty where it was.
     """
 
@@ -41,6 +42,7 @@ class LayerStats:
     why_dense: str = ""
     bytes_on_host: int = 0
     bits: int = 0
+    bytes_at_selection: int = 0
 
     @property
     def share(self) -> float:
@@ -80,10 +82,20 @@ class CacheStats:
     def bytes_on_host(self) -> int:
         return sum(layer.bytes_on_host for layer in self.layers)
 
+    @property
+    def bytes_peak(self) -> int:
+        """Return the most that was in memory at once: layers are selected from one after the other, and one is whole.
+
+        While the last prompt, part, turn or re-selection was read, or now, whichever is more; without spare rows.
+        """
+        whole = max((layer.bytes_at_selection - layer.bytes_used for layer in self.layers), default=0)
+        return self.bytes_used + max(whole, 0)
+
     def __str__(self) -> str:
         whole = self.bytes_used + self.bytes_freed
         used = f"{self.bytes_used / whole:.1%} of {whole:,} bytes" if whole else "nothing"
         head = f"zipvl: KV cache of {len(self.layers)} layers: {used} in use, {self.bytes_allocated:,} allocated"
+        head += f", at most {self.bytes_peak:,} at once"
         head += f", {self.bytes_on_host:,} on the host" if self.bytes_on_host else ""
         return "\n".join([head, *(f"  layer {i}: {layer}" for i, layer in enumerate(self.layers))])
 
@@ -133,8 +145,9 @@ def _layer(layer: Any) -> LayerStats:
             bits = 8 * layer.other_keys.shape[3] // layer.key_buffer.shape[3]
         why = "" if dropped else "every token is kept"
         return LayerStats(
-            layer.prompt_length, kept, tokens, length, used, allocated, freed, why, on_host, bits if dropped else 0
-        )
+            layer.prompt_length, kept, tokens, length, used, allocated, freed, why, on_host, bits if dropped else 0,
+            per_token * layer.selected_from,
+        )  # fmt: skip
     why = NOT_COMPACTED if compact else f"a {type(layer).__name__} is not compacted"
     keys = getattr(layer, "keys", None)
     tokens = keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0

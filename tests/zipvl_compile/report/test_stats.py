@@ -30,6 +30,8 @@ def test_bytes_and_tokens_by_hand():
         assert (layer.bytes_used, layer.bytes_freed) == (10 * ROW, 30 * ROW)
         assert layer.bytes_allocated >= layer.bytes_used + 10 * 8 and layer.share == 0.25 and not layer.why_dense
     assert (found.bytes_used, found.bytes_freed) == (20 * ROW, 60 * ROW)
+    assert found.bytes_peak == (N + 10) * ROW, "one layer is whole, the other one is compacted"
+    assert f"at most {50 * ROW:,} at once" in str(found)
     assert str(found).startswith(f"zipvl: KV cache of 2 layers: 25.0% of {80 * ROW:,} bytes in use")
     assert f"layer 1: 10 of 40 prompt tokens (25.0%), {10 * ROW:,} bytes in use" in str(found)
 
@@ -39,6 +41,23 @@ def test_bytes_and_tokens_by_hand():
     later = stats(cache).layers[0]
     assert (later.kept, later.tokens, later.length) == (10, 13, N + 3)
     assert (later.bytes_used, later.bytes_freed) == (13 * ROW, 30 * ROW)
+    model(tiny_llama.prompt(147, seed=5), use_cache=True, **as_argument(cache))
+    assert [layer.tokens for layer in stats(cache).layers] == [40, 40], "a quarter of 13 + 147"
+    assert stats(cache).bytes_peak == (160 + 40) * ROW
+
+
+def test_a_prompt_in_parts_has_a_bounded_peak():
+    ids = tiny_llama.prompt(1600)
+    whole, parts = (
+        stats(
+            compiled(keep_ratio=0.25).generate(
+                ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, **how
+            )
+        )
+        for how in ({}, {"prefill_chunk_size": 200})
+    )
+    assert whole.bytes_peak == (1600 + 401) * ROW
+    assert parts.bytes_peak <= (200 / 0.75 + 10 + 200 * 0.25 / 0.75 + 10) * ROW
 
 
 def test_layers_that_were_not_compacted_say_so():
