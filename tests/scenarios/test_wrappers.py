@@ -36,15 +36,18 @@ def is_compacted(out) -> bool:
     return all(n < cache_of(out).get_seq_length() for n in kept)
 
 
-def with_adapters(model):
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj"]
+
+
+def with_adapters(model, target_modules=PROJECTIONS, **kind):
     """Return a peft model with two random adapters, the first active."""
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False, **kind)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         adapted = peft.get_peft_model(model, config, "first")
         adapted.add_adapter("second", config)
     for name, weight in adapted.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and "magnitude" not in name:
             weight.data.mul_(4)  # enough to change tokens
     return adapted.eval()
 
@@ -88,6 +91,58 @@ def test_adapters_are_switched_disabled_and_merged():
         each.set_adapter("first")
     assert_equal_tokens(f, eager, PROMPT)
     assert len({str(tokens) for tokens in seen}) == 3, "each adapter must change the answer"
+
+
+def negate(f):
+    for name, weight in f.named_parameters():
+        if "lora_A.first" in name:
+            weight.data.neg_()
+
+
+CHANGES = {
+    "switched": lambda f: f.set_adapter("second"),
+    "both": lambda f: f.base_model.set_adapter(["first", "second"]),
+    "disabled": lambda f: f.base_model.disable_adapter_layers(),
+    "merged": lambda f: (f.base_model.enable_adapter_layers(), f.merge_adapter()),
+    "weights changed": lambda f: (f.unmerge_adapter(), negate(f)),
+}
+
+
+def test_changed_adapters_keep_what_a_model_keeps_that_is_compiled_anew():
+    """Of all projections, so that those are pruned that carry an adapter."""
+    every = [*PROJECTIONS, "o_proj", "gate_proj", "down_proj"]
+    f, other = (with_adapters(tiny_llama.model(num_hidden_layers=1), every) for _ in range(2))
+    options = OPTIONS | {"policy": "paper", "keep_ratio": 0.5}
+    with collect() as reports:
+        zipvl_compile.compile(f, **options)
+        seen = [str(generate(f, PROMPT).sequences)]
+        for change in CHANGES.values():
+            change(f)
+            change(other)
+            zipvl_compile.compile(other, **options)
+            out, expected = generate(f, PROMPT), generate(other, PROMPT)
+            assert torch.equal(out.sequences, expected.sequences) and is_compacted(out)
+            for a, b in zip(zipvl_compile.kept_tokens(out), zipvl_compile.kept_tokens(expected), strict=True):
+                assert torch.equal(a, b)
+            seen.append(str(out.sequences))
+    assert {one.done for report in reports for one in report.pruned} == {"q, v, output"}
+    assert len(set(seen)) == 5, "all but merging must change the answer"
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_dora_adapters_leave_the_prompt_dense_unless_they_are_merged(merged):
+    """peft runs a function of theirs uncompiled in every projection, which ends graphs there."""
+    f, other = (with_adapters(tiny_llama.model(), use_dora=True) for _ in range(2))
+    if merged:
+        f.merge_adapter()
+    other.merge_adapter()
+    zipvl_compile.compile(f, **OPTIONS, keep_ratio=0.5)
+    zipvl_compile.compile(other, **OPTIONS, keep_ratio=0.5, prefill="sparse" if merged else "dense")
+    with collect() as reports:
+        out = generate(f, PROMPT)
+    expected = generate(other, PROMPT)
+    assert torch.equal(out.sequences, expected.sequences) and is_compacted(out)
+    assert (max(len(report.sites) for report in reports) == 2) == merged
 
 
 def test_the_merged_base_model_stays_compiled():

@@ -1,4 +1,6 @@
-"""What each rank of `scenarios/test_ranks.py` runs: a model under tensor parallelism, and the same in one process.
+"""What each rank of `scenarios/test_ranks.py` runs: a model spread over ranks, and the same in one process.
+
+Ranks share heads (tensor parallelism); or the weights of layers (FSDP2) or nothing (DDP), with a prompt for each.
 
 torchrun --nproc-per-node N rank_worker.py FOLDER        reads FOLDER/cases.json, writes FOLDER/rank-R.json
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -22,7 +25,9 @@ for name in ("support", "families"):
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support.tiny_models import inputs, model  # noqa: E402
+from support import tiny_llama, tiny_models  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from zipvl_compile.cache.hf_names import cache_of  # noqa: E402
@@ -48,28 +53,48 @@ class Sums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def model(family: str):
+    return tiny_llama.model(num_key_value_heads=4) if family == "llama" else tiny_models.model(family)
+
+
+def inputs(family: str, **prompt) -> dict[str, torch.Tensor]:
+    return {"input_ids": tiny_llama.prompt(**prompt)} if family == "llama" else tiny_models.inputs(family, **prompt)
+
+
 def loaded(folder: Path, case: dict, spread: bool):
     """Return the model of a case, with the same weights each time."""
     built = model(case["family"])
     path = folder / case["family"]
     if not spread:
         built.save_pretrained(path)
-    found = type(built).from_pretrained(path, **({"tp_plan": "auto"} if spread else {})).eval()
+    heads = spread and case["how"] == "heads"
+    found = type(built).from_pretrained(path, **({"tp_plan": "auto"} if heads else {})).eval()
     found.generation_config = built.generation_config
+    if spread and case["how"] == "fsdp2":
+        mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in found.get_decoder().layers:  # not all: generate runs the vision tower outside of `forward`
+            fully_shard(layer, mesh=mesh)
     return found
 
 
 def answers(folder: Path, case: dict, spread: bool):
     """Return the tokens, first logits and kept positions of each prompt of a case, its sites, and rows of sums."""
     torch._dynamo.reset()
-    f, found = loaded(folder, case, spread), []
+    f, found, rank = loaded(folder, case, spread), [], dist.get_rank()
     f.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0, **case["options"]})
     with collect() as reports:
-        for prompt in case["prompts"]:
+        for prompt in case["prompts"] if not spread or case["how"] == "heads" else [case["prompts"][rank]]:
             x = inputs(case["family"], **prompt)
+            if spread and rank == 1:
+                time.sleep(case["late"])
             out = f.generate(**x, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
-            kept = [layer.positions for layer in cache_of(out).layers]
-            found.append((out.sequences, out.logits[0], kept, x["input_ids"].shape[1]))
+            logits, cache = out.logits[0], cache_of(out)
+            if spread and case["how"] == "ddp":
+                with torch.no_grad():
+                    prefill = DistributedDataParallel(f)(**x, use_cache=True, logits_to_keep=1)
+                logits, cache = prefill.logits[:, -1], cache_of(prefill)
+            kept = [layer.positions for layer in cache.layers]
+            found.append((out.sequences, logits, kept, x["input_ids"].shape[1]))
     with Sums() as sums, torch.no_grad():
         if spread and case["rows"]:
             f(**x, use_cache=True, logits_to_keep=1)
@@ -84,6 +109,7 @@ def compared(folder: Path, name: str, case: dict) -> dict:
         torch.save(answers(folder, case, spread=False)[0], path)
     dist.barrier()
     one = torch.load(path)
+    one = one if case["how"] == "heads" else [one[dist.get_rank()]]
     two, sites, rows = answers(folder, case, spread=True)
     pairs = list(zip(one, two, strict=True))
     kept = [pair for (_, _, a, _), (_, _, b, _) in pairs for pair in zip(a, b, strict=True)]
