@@ -62,7 +62,7 @@ def test_every_mask_and_group(implementation, few_programs, paper, cases, key_bi
 
 
 @pytest.mark.parametrize("others", [0, 1, 63, 64, 65, 130])
-@pytest.mark.parametrize("kept", [0, 1, 70])
+@pytest.mark.parametrize("kept", [1, 2, 70])
 @pytest.mark.parametrize("mask", ["none", "row"])
 def test_every_number_of_tokens(implementation, few_programs, paper, cases, kept, others, mask):
     whole = cache(kept=kept, others=others, mask=mask, value_bits=2, dtype=implementation.finest)
@@ -70,7 +70,7 @@ def test_every_number_of_tokens(implementation, few_programs, paper, cases, kept
 
 
 SHAPES = st.fixed_dictionaries({
-    "batch": st.integers(1, 3), "kept": st.integers(0, 90), "others": st.integers(0, 150), "later": st.integers(3, 6),
+    "batch": st.integers(1, 3), "kept": st.integers(1, 90), "others": st.integers(0, 150), "later": st.integers(3, 6),
     "m": st.integers(1, 3), "key_bits": st.sampled_from(BITS), "value_bits": st.sampled_from(BITS),
     "mask": st.sampled_from(["none", "row", "rows", "heads", "min", "inf"]), "seed": st.integers(0, 99),
     "dim": st.integers(1, 12).map(lambda d: 4 * d), "value_dim": st.integers(1, 12).map(lambda d: 4 * d),

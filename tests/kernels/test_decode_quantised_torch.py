@@ -51,6 +51,18 @@ def test_every_width_and_number_of_others(bits, others):
     torch.testing.assert_close(decode_in_graph(*given[:-1]), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("hidden", ["others", "cached", "all"])
+def test_a_graph_may_hide_all_of_a_kind(hidden):
+    *given, _, scale, _ = arguments()
+    positions, prompt, n = given[3:6]
+    cached = torch.zeros(2, n, dtype=torch.bool).scatter_(1, positions[:, 0], True)
+    cached[:, prompt:] = True
+    shown = {"others": cached, "cached": ~cached, "all": torch.zeros_like(cached)}[hidden][:, None, None]
+    got = decode_in_graph(*given, shown, scale)
+    torch.testing.assert_close(got, ops.decode_quantised_torch(*given, shown, scale, None), rtol=1e-12, atol=1e-12)
+    assert got.any() == (hidden != "all")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask", ["none", "heads"])
 def test_inductor_compiles_it_once_for_all_lengths(mask, dtype):
