@@ -7,6 +7,7 @@ Importing this package is not needed for that; it holds the tools around it.
 """
 
 from zipvl_compile.cache.fork import fork
+from zipvl_compile.cache.grow import grow
 from zipvl_compile.cache.kept_tokens import kept_tokens
 from zipvl_compile.compiling import compile
 from zipvl_compile.per_request import settings
@@ -15,4 +16,4 @@ from zipvl_compile.report.explain import explain
 from zipvl_compile.report.stats import stats
 from zipvl_compile.version import __version__
 
-__all__ = ["__version__", "compile", "explain", "fork", "kept_tokens", "recent_reports", "settings", "stats"]
+__all__ = ["__version__", "compile", "explain", "fork", "grow", "kept_tokens", "recent_reports", "settings", "stats"]

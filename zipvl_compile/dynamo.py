@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -171,7 +171,7 @@ def set_up_calls(least: int, changing: str) -> None:
         changing: regular expressions, with commas between, of the numbers that are taken for any number at once, as in
             `torch.compiler.config.dynamic_sources`.
     """
-    config, public = torch._dynamo.config, torch.compiler.config
+    config, public = torch._dynamo.config, cast(Any, torch.compiler.config)
     patch = config._make_closure_patcher(recompile_limit=least)
 
     def describe() -> str:

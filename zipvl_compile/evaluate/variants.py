@@ -26,6 +26,7 @@ def _rows(name: str, options: Options, option: str, values: Iterable[float]) -> 
 
 UNION = {"policy": "union"}
 SKIPPING = {"policy": "skip_layers"}
+CODED = UNION | {"evict": "quantize"}
 SECOND_HALF = {"skip": "layer", "skip_in": 0.5}
 VARIANTS: dict[str, Options] = {
     DENSE: {},
@@ -37,6 +38,8 @@ VARIANTS: dict[str, Options] = {
     **_rows("union + fixed ratio", UNION, "keep_ratio", RATIOS),
     **_rows("union with the paper's scores", UNION | {"score": "normalised"}, "tau", (0.95,)),
     **_rows("union of each head", UNION | {"groups": "kv_head"}, "tau", (0.95,)),
+    **_rows("union 0.95 + rest in bits", CODED | {"tau": 0.95}, "evict_bits", (8, 4, 2)),
+    **_rows("union fixed 0.2 + rest in bits", CODED | {"keep_ratio": 0.2}, "evict_bits", (8, 4, 2)),
     **_rows("skip layers", SKIPPING, "tau", (0.99, 0.975)),
     **_rows("skip layers by twos", SKIPPING | {"score_every": 2}, "tau", (0.99,)),
     **_rows("skip layers by fours", SKIPPING | {"score_every": 4}, "tau", (0.99,)),
