@@ -44,4 +44,5 @@ def cached_positions(positions: torch.Tensor, prompt_length: int, n: int) -> tor
     kept = positions.shape[2]
     row = torch.arange(cached_count(positions, prompt_length, n), device=positions.device)
     row = row.expand(*positions.shape[:2], -1)
-    return torch.where(row < kept, positions.gather(2, row.clamp(max=kept - 1)), row + (prompt_length - kept))
+    one_more = torch.cat([positions, positions.new_zeros(*positions.shape[:2], 1)], 2)  # a crop may leave none
+    return torch.where(row < kept, one_more.gather(2, row.clamp(max=kept)), row + (prompt_length - kept))

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.config
-import torch._dynamo.guards
 
-# Read by Triton when a kernel is defined, so before the first import of one.
+# Read by Triton when a kernel is defined, so before the first import of it, which Dynamo's is.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch._dynamo.config
+import torch._dynamo.guards
 
 # Importable by name, without this folder on the path: there, tests/zipvl_compile would hide the package.
 for name in ("support", "families"):

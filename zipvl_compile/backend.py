@@ -49,7 +49,7 @@ log = logging.getLogger("zipvl_compile")
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that runs in eager mode. The lengths of a cache change with every
 # step and prompt: a graph for the first ones alone would serve one step.
-set_up_calls(64, r".*\.cumulative_length,.*\.prompt_length")
+set_up_calls(256, r".*\.cumulative_length,.*\.prompt_length")
 # Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
 # every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
 CHEAP = ("get_placeholder_mask",)

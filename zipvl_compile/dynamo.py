@@ -172,7 +172,8 @@ def set_up_calls(least: int, changing: str) -> None:
             `torch.compiler.config.dynamic_sources`.
     """
     config, public = torch._dynamo.config, cast(Any, torch.compiler.config)
-    patch = config._make_closure_patcher(recompile_limit=least)
+    most = max(config.accumulated_recompile_limit, 4 * least)  # where a graph break lies behind every layer
+    patch = config._make_closure_patcher(recompile_limit=least, accumulated_recompile_limit=most)
 
     def describe() -> str:
         frame = _compiled_call()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from zipvl_compile.passes.graph.graph import current, erase_orphans, erase_unread, insert_call
 from zipvl_compile.passes.graph.graph import replace as replace_node
@@ -160,5 +160,6 @@ def mask_fits(site: Attention) -> bool:
         return False
     sizes: tuple[Any, ...] = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])[-mask.dim() :]
     leading = zip(mask.shape[:-1], sizes[:-1], strict=True)
-    fits = all(statically_known_true(have == 1) or statically_known_true(have == want) for have, want in leading)
-    return fits and statically_known_true(mask.shape[-1] == sizes[-1])
+    fits = all(statically_known_true(have == 1) or guard_or_false(have == want) for have, want in leading)
+    # Layers count what they hold by themselves: that those numbers are one is seldom known, and becomes a guard.
+    return fits and guard_or_false(mask.shape[-1] == sizes[-1])

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import zipvl_compile
 from zipvl_compile.cache.compact_layer import CompactLayer
-from zipvl_compile.cache.evicted import recalled
+from zipvl_compile.cache.evicted import EVICTED, recalled
 from zipvl_compile.cache.hf_names import as_argument, cache_of
 from zipvl_compile.kernels.other_tokens import other_tokens
 from zipvl_compile.report import compile_report
@@ -123,6 +123,31 @@ def test_decoding_reads_kept_tokens_and_codes_in_one_softmax(batch, inner, bits)
             away = (got - read(full, ids, exact, attention_mask=mask[:, :n]).logits).abs().max().item()
             assert 0 < away < {8: 0.1, 4: 2.0, 2: 10.0}[bits]
     assert all(layer.positions.shape[2] == 122 for layer in one.layers)  # 40% of all 305
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_uncompiled_code_reads_the_codes_too(batch, tokens):
+    f = tiny_llama.compiled(**CODED)
+    mask = torch.ones(batch, FIRST + tokens, dtype=torch.long)
+    mask[1:, :11] = 0
+    cache = cache_of(read(f, tiny_llama.prompt(FIRST, batch), attention_mask=mask[:, :FIRST]))
+    ids, other = tiny_llama.prompt(tokens, batch, seed=1), copy.deepcopy(cache)
+    expected = read(f, ids, cache, attention_mask=mask).logits
+    torch.testing.assert_close(
+        read(tiny_llama.model(), ids, other, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_codes_move_with_the_buffers():
+    f = tiny_llama.compiled(**CODED)
+    layer = cache_of(read(f, tiny_llama.prompt(FIRST))).layers[0]
+    assert {*layer.moving} == {"key_buffer", "value_buffer", *EVICTED}
+    layer.offload()
+    layer.prefetch()
+    assert layer.other_keys.dtype == torch.uint8
+    host = cache_of(read(tiny_llama.compiled(**HALF), tiny_llama.prompt(FIRST))).layers[0]
+    assert {*host.moving} == {"key_buffer", "value_buffer"}, "what waits on the host stays there"
 
 
 def test_fewer_bits_take_less_room_and_stats_say_so():

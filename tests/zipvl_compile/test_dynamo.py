@@ -63,7 +63,7 @@ def test_the_backend_of_the_running_call_is_found(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "set_by_user", "seen"), [("zipvl", 8, 64), ("zipvl", 4, 4), ("zipvl", 70, 70), ("eager", 8, 8)]
+    ("name", "set_by_user", "seen"), [("zipvl", 8, 256), ("zipvl", 4, 4), ("zipvl", 70, 70), ("eager", 8, 8)]
 )
 def test_the_recompile_limit_is_raised_in_zipvls_calls_only(name, set_by_user, seen):
     model, config = Asking(), torch._dynamo.config

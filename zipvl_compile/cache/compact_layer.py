@@ -104,6 +104,11 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         self.borrowed = True
 
     @property
+    def moving(self) -> tuple[str, ...]:
+        """Return the names of the tensors that are moved to the CPU and back; codes are read with the buffers."""
+        return super().moving + (EVICTED if self.key_scales is not None else ())
+
+    @property
     def holds_every_token(self) -> bool:
         """Return whether no token of the prompt was dropped."""
         return self.positions is None or self.positions.shape[2] == self.prompt_length
@@ -214,8 +219,11 @@ class CompactLayer(TwoBuffers, DynamicLayer):
         """Append, and give the physical tokens to attention that zipvl did not rewrite, where that is right.
 
         One new token sees every cached token, so the physical keys alone give the right answer. More tokens, or a
-        padding mask, need masks of physical length, which the model does not make.
+        padding mask, need masks of physical length, which the model does not make. Codes are read as numbers again.
         """
+        if self.key_scales is not None:
+            self._append(k, v)
+            return recalled(self)
         if not self.holds_every_token and k.shape[2] != 1:
             raise RuntimeError(UNREADABLE.format(why=f"{k.shape[2]} new tokens came outside the compiled model."))
         self._append(k, v)

@@ -49,6 +49,11 @@ class TwoBuffers(CacheLayerMixin):
     def _assigned(self, name: str, value: Any) -> Any:
         raise NotImplementedError
 
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Return the names of the tensors that are moved to the CPU and back."""
+        return ("key_buffer", "value_buffer")
+
     def offload(self) -> None:
         """Move the buffers to the CPU, with their spare rows."""
         self._move("cpu")
@@ -60,8 +65,8 @@ class TwoBuffers(CacheLayerMixin):
 
     def _move(self, device: Any) -> None:
         if self.is_initialized:
-            self.key_buffer = self.key_buffer.to(device, non_blocking=True)
-            self.value_buffer = self.value_buffer.to(device, non_blocking=True)
+            for name in self.moving:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select samples by `beam_idx`, for beam search."""
