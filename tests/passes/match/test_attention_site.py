@@ -108,6 +108,13 @@ def test_mask_fits(shape, fits):
     assert attention_site.mask_fits(one(call, Q, K, V, torch.ones(shape, dtype=torch.bool))) is fits
 
 
+def test_sizes_that_are_equal_but_not_known_to_be_fit(monkeypatch):
+    """Layers count their tokens apart; what nobody has proven yet becomes a guard."""
+    monkeypatch.setattr(attention_site, "statically_known_true", lambda _: False)
+    test_mask_fits((2, 1, 6, 6), False)  # a head that is one is not asked for by a guard
+    test_mask_fits((2, 4, 6, 6), True)
+
+
 def test_attention_of_another_rank_is_no_site():
     x = torch.randn(2, 6, 8)
     sites, misses = read_all(trace(lambda x: F.scaled_dot_product_attention(x, x, x), x))
