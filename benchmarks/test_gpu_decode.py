@@ -5,6 +5,7 @@
     full cache     zipvl, over a cache that kept every token
     zipvl          over a compacted cache
     zipvl, static  over a compacted static cache, as CUDA graphs
+    4 bits         over kept tokens in full and the others at 4 bits
 
 cuDNN is off for dense attention: it would build a plan, which takes 45 ms, at every step. The caches hold what a prompt
 left, of which the compacted ones keep random tokens: speed does not depend on which. `make gpu` runs it.
@@ -24,6 +25,9 @@ from transformers import DynamicCache, StaticCache
 from zipvl_compile.cache.hf_names import as_argument
 from zipvl_compile.dynamo import mark_address_as_fixed
 from zipvl_compile.kernels.fixed_rows import bucket, fixed_positions, into_bucket
+from zipvl_compile.kernels.other_tokens import other_tokens
+from zipvl_compile.kernels.quantise_tokens import quantise_tokens
+from zipvl_compile.report.stats import stats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOM = 256  # tokens
@@ -42,6 +46,7 @@ def models(request):
         yield {
             "size": request.param,
             "dense": torch.compile(model, backend="inductor", dynamic=True), "full cache": zipvl, "zipvl": zipvl,
+            "4 bits": zipvl,
             "dense, static": torch.compile(model, backend="inductor", mode="reduce-overhead"),
             "zipvl, static": torch.compile(model, backend="zipvl", options=recorded),
         }  # fmt: skip
@@ -70,6 +75,17 @@ def compacted(cache: DynamicCache, ratio: float) -> DynamicCache:
             room[:, :, :p] = x[:, :, kept]
             setattr(layer, name, room)
         layer.positions, layer.prompt_length, layer.cumulative_length = kept[None, None], n, n
+    return new
+
+
+def with_codes(cache: DynamicCache, whole: DynamicCache) -> DynamicCache:
+    """Return a compacted cache that holds the other tokens of a whole one at 4 bits."""
+    new = copy.deepcopy(cache)
+    for layer, every in zip(new.layers, whole.layers, strict=True):
+        others = other_tokens(layer.positions, layer.prompt_length)
+        k, v = (x[:, :, : layer.prompt_length] for x in (every.key_buffer, every.value_buffer))
+        layer.other_keys, layer.key_scales = quantise_tokens(k, others, 4, "channel")
+        layer.other_values, layer.value_scales = quantise_tokens(v, others, 4, "token")
     return new
 
 
@@ -122,6 +138,13 @@ def test_a_step_over_a_static_cache_is_that_over_a_growing_one(models):
         assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.99
 
 
+def test_codes_are_read_beside_the_kept_tokens(models):
+    whole = full_cache(models["dense"].config.text_config, 1000)
+    coded = with_codes(compacted(whole, KEEP_RATIO), whole)
+    got, expected = (step(models[name], cache, 1).float() for name, cache in (("4 bits", coded), ("dense", whole)))
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.98
+
+
 @pytest.mark.parametrize(("n", "batch"), [(16384, 1), (4096, 1), (16384, 8), (4096, 8)])
 def test_decode(models, n, batch):
     size = models["size"]
@@ -130,6 +153,7 @@ def test_decode(models, n, batch):
     config = models["dense"].config.text_config
     dense = full_cache(config, n)
     caches = {"dense": dense, "full cache": compacted(dense, 1.0), "zipvl": compacted(dense, KEEP_RATIO)}
+    caches["4 bits"] = with_codes(caches["zipvl"], dense)
     if size == "13B":
         del caches["full cache"]
     for cache in caches.values():
@@ -138,6 +162,7 @@ def test_decode(models, n, batch):
     if size != "13B":
         caches |= {f"{name}, static": static(caches[name], config) for name in ("dense", "zipvl")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
+    held["4 bits"] = stats(caches["4 bits"]).bytes_used
     weights = sum(p.nbytes for name, p in models["dense"].named_parameters() if "language" in name)
     run = {name: lambda name=name: step(models[name], caches[name], batch) for name in caches}
     times = interleaved(run, rounds=15, warm_up=4)
@@ -154,6 +179,10 @@ def test_decode(models, n, batch):
             "static_over_dense_static": (times["dense, static"] / times["zipvl, static"], "x"),
             "static_bandwidth": ((weights + held["zipvl"]) / times["zipvl, static"] / 1e12, "TB/s"),
         }  # fmt: skip
+    metrics |= {
+        "coded": (times["4 bits"] * 1e3, "ms"), "coded_speedup": (times["dense"] / times["4 bits"], "x"),
+        "coded_kv_bytes": (held["4 bits"] / held["dense"], "fraction of dense"),
+    }  # fmt: skip
     if "full cache" in times:
         metrics["over_full_cache"] = (times["full cache"] / times["zipvl"], "x")
     if batch > 1:  # the memory that the dense cache took now holds a larger batch
