@@ -19,7 +19,7 @@ After every `reselect_every` generated tokens the same is done in a step of deco
 kept (`note_queries`), measure attention. Where the cache keeps the other tokens elsewhere (`evict`), it is selected
 from every token:
 
-    every     = cat(with_others(key_buffer, positions, others, prompt_length), later tokens)
+    every     = cat(restore_tokens(key_buffer, positions, others, ...), later tokens)
     rows      = token_positions(every)             ->          select_tokens(token_scores(queries, every, ...), ...)
 """
 

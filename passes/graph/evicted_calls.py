@@ -19,12 +19,19 @@ class ToHostCall(OpCall):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithOthersCall(OpCall):
-    operator = ops.with_others.default
-    kept: Node
+class OtherTokensCall(OpCall):
+    operator = ops.other_tokens.default
     positions: Node
-    others: Node
     n: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseTokensCall(OpCall):
+    operator = ops.quantise_tokens.default
+    x: Node
+    positions: Node
+    bits: int
+    per: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +54,8 @@ class RestoreTokensCall(OpCall):
     operator = ops.restore_tokens.default
     kept: Node
     positions: Node
-    codes: Node
-    scales: Node
+    others: Node
+    scales: Node | None
     n: Any
 
 

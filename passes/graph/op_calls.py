@@ -152,22 +152,6 @@ class KVViewCall(OpCall):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherTokensCall(OpCall):
-    operator = ops.other_tokens.default
-    positions: Node
-    n: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantiseTokensCall(OpCall):
-    operator = ops.quantise_tokens.default
-    x: Node
-    positions: Node
-    bits: int
-    per: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class SparseAttentionCall(OpCall):
     operator = ops.sparse_attention.default
     q: Node

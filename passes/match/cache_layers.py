@@ -11,15 +11,13 @@ import operator
 
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.graph.evicted_calls import RestoreTokensCall, ToHostCall, WithOthersCall
+from zipvl_compile.passes.graph.evicted_calls import OtherTokensCall, QuantiseTokensCall, RestoreTokensCall, ToHostCall
 from zipvl_compile.passes.graph.graph import is_call
 from zipvl_compile.passes.graph.op_calls import (
     FixedPositionsCall,
     FixedRowsCall,
     GatherTokensCall,
     KVViewCall,
-    OtherTokensCall,
-    QuantiseTokensCall,
     RowCountCall,
     TokenPositionsCall,
 )
@@ -143,7 +141,7 @@ def later_part_of(attention: Attention) -> Node | None:
 
 
 def _reads_memory(user: Node) -> bool:
-    return is_op(user, "getitem") or WithOthersCall.matches(user) or RestoreTokensCall.matches(user)
+    return is_op(user, "getitem") or RestoreTokensCall.matches(user)
 
 
 def computed_from(sources: list[Node], attentions: list[Attention]) -> Attention | None:

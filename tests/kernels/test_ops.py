@@ -146,11 +146,6 @@ def test_to_host():
     check(ops.to_host.default, tensors()[1], tensors()[3])
 
 
-def test_with_others():
-    _, k, _, positions, _ = tensors()
-    check(ops.with_others.default, k[:, :, :4].contiguous(), positions, k[:, :, :7].contiguous(), 10)
-
-
 def test_room_for_queries():
     check(ops.room_for_queries.default, tensors()[0], 3)
 
@@ -174,6 +169,7 @@ def test_restore_tokens(dtype, per):
     _, k, _, positions, _ = tensors(dtype)
     coded = ops.quantise_tokens(k, ops.other_tokens(positions, 10), 2, per)
     check(ops.restore_tokens.default, k, positions, *coded, 10)
+    check(ops.restore_tokens.default, k, positions, k.clone(), None, 10)
 
 
 @softcaps

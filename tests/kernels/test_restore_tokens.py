@@ -12,6 +12,7 @@ from zipvl_compile.kernels.common.codes import BITS
 from zipvl_compile.kernels.other_tokens import other_tokens
 from zipvl_compile.kernels.quantise_tokens import quantise_tokens
 from zipvl_compile.kernels.restore_tokens import restore_tokens
+from zipvl_compile.kernels.to_host import to_host
 
 
 def compacted(x, positions, bits, per, spare=2):
@@ -45,6 +46,19 @@ def test_kept_rows_are_exact_and_others_what_their_codes_say(kept, others, group
     assert n == 0 or (out.double() - x.double()).abs().max() <= step / 2 + 4 * torch.finfo(dtype).eps
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(batch=st.integers(1, 2), groups=st.sampled_from([1, 2]), n=st.integers(0, 20), share=st.floats(0, 1),
+       spare=st.integers(0, 3))  # fmt: skip
+def test_there_and_back(batch, groups, n, share, spare):
+    """Tokens in full, from host memory: every number as it was."""
+    x, count = torch.randn(batch, 4, n, 5), round(share * n)
+    positions = cases.choose(batch, groups, n, count, n)
+    rows = positions.repeat_interleave(4 // groups, 1)[..., None].expand(-1, -1, -1, 5)
+    kept = torch.cat([x.gather(2, rows), torch.full((batch, 4, spare, 5), torch.nan)], 2)
+    others = torch.cat([to_host(x, other_tokens(positions, n)), torch.full((batch, 4, spare, 5), torch.nan)], 2)
+    assert torch.equal(restore_tokens(kept, positions, others, None, n), x)
+
+
 def test_a_single_channel_is_not_taken_for_a_scale_of_tokens(monkeypatch):
     monkeypatch.setattr(common, "MOST", 1)
     x = torch.randn(1, 1, 150, 1, generator=torch.Generator().manual_seed(0))
@@ -71,18 +85,19 @@ def test_a_number_of_kept_tokens_that_only_the_data_knows(unbacked):
 
 
 KEPT, CODES, SCALES = compacted(torch.ones(2, 4, 9, 8), torch.arange(3).expand(2, 1, -1), 4, "token")
-GOOD = {"kept": KEPT, "positions": torch.arange(3).expand(2, 1, -1), "codes": CODES, "scales": SCALES, "n": 9}
+GOOD = {"kept": KEPT, "positions": torch.arange(3).expand(2, 1, -1), "others": CODES, "scales": SCALES, "n": 9}
 BAD = {
     "kept-rank": ({"kept": KEPT[0]}, "kept: expected a [batch, heads, tokens, head_dim] tensor, got [4, 5, 8]"),
     "kept-rows": ({"kept": KEPT[:, :, :2]}, "kept: expected at least 3 tokens, as positions has, got 2"),
     "n": ({"n": 2}, "n: expected at least 3 tokens, as positions has, got 2"),
     "positions": ({"positions": GOOD["positions"][:1]}, "positions: expected batch 2"),
-    "codes": ({"n": 100}, "codes: expected batch, heads and tokens [2, 4, 128], got [2, 4, 64]"),
+    "codes": ({"n": 100}, "others: expected batch, heads and tokens [2, 4, 128], got [2, 4, 64]"),
+    "others": ({"others": KEPT, "scales": None}, "others: expected at least 6 tokens, got 5"),
     "scales": (
         {"scales": SCALES[:, :, :63]},
-        "scales of codes: expected torch.float32 [2, 4, 1, 8, 2] or [2, 4, 64, 1, 2], got torch.float32 [2, 4, 63, ",
+        "scales of others: expected torch.float32 [2, 4, 1, 8, 2] or [2, 4, 64, 1, 2], got torch.float32 [2, 4, 63, ",
     ),
-    "dtype": ({"kept": KEPT.half()}, "scales of codes: expected torch.float16"),
+    "dtype": ({"kept": KEPT.half()}, "scales of others: expected torch.float16"),
 }  # fmt: skip
 
 

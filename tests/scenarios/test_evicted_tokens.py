@@ -216,15 +216,16 @@ def test_what_is_elsewhere_goes_with_the_cache(options, change):
         torch.testing.assert_close(read(f, ids, other).logits, read(f, ids, cache).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [50, 120])
 @pytest.mark.parametrize("options", [HALF, CODED | {"evict_bits": 8}], ids=["host", "quantize"])
-def test_crop_into_the_prompt_and_on(options):
-    """The tokens that waited stay those of the prompt that is left."""
+def test_crop_into_the_prompt_and_on(options, cut):
+    """The tokens that waited stay those of the prompt that is left, however many groups of codes that leaves."""
     found = []
     for given in (options, {"keep_ratio": 0.4, "evict": "keep"}):
         f = tiny_llama.compiled(**given)
         cache = cache_of(read(f, tiny_llama.prompt(FIRST)))
-        cache.crop(-50)
-        assert cache.get_seq_length() == FIRST - 50
+        cache.crop(-cut)
+        assert cache.get_seq_length() == FIRST - cut
         if options["evict"] == "quantize":
             read(f, tiny_llama.prompt(1, seed=2), cache)
         found.append(read(f, tiny_llama.prompt(SECOND, seed=1), cache).logits)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from zipvl_compile.cache.buffers import check_continues, spare_tokens, with_room
 from zipvl_compile.cache.eager_fallback import check_generate_is_compiled, read_in_eager, warn_of_eager_decode
-from zipvl_compile.cache.evicted import EVICTED, forget_others, recalled, store_others
+from zipvl_compile.cache.evicted import EVICTED, cut_others, forget_others, recalled, store_others
 from zipvl_compile.cache.kept_tensor import REBUILT, Held, KeptTensor, held_by, mark, plain
 from zipvl_compile.cache.later_parts import compact_again, continued
 from zipvl_compile.cache.two_buffers import TwoBuffers
@@ -291,5 +291,6 @@ class CompactLayer(TwoBuffers, DynamicLayer):
                 )
             self.positions = self.positions[:, :, : int((self.positions[0, 0] < n).sum())]
             self.prompt_length = n
+            cut_others(self)
         self.cumulative_length = n
         self.borrowed = self.borrowed or self.lent

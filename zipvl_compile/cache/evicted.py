@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zipvl_compile.kernels.common.codes import GROUP, groups_of
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.traced_options import evict_bits, evicts_to
 
@@ -53,8 +54,17 @@ def recalled(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _whole(layer: Any, buffer: torch.Tensor, others: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     positions, n = layer.positions, layer.prompt_length
-    if scales is None:
-        prompt = ops.with_others(buffer, positions, others, n)
-    else:
-        prompt = ops.restore_tokens(buffer, positions, others, scales, n)
+    prompt = ops.restore_tokens(buffer, positions, others, scales, n)
     return torch.cat([prompt, buffer[:, :, positions.shape[2] : layer.cached_length]], 2)
+
+
+def cut_others(layer: Any) -> None:
+    """Give up the other tokens behind the end of a prompt that was cut."""
+    if layer.other_keys is None:
+        return
+    count = layer.prompt_length - layer.positions.shape[2]
+    groups = groups_of(count)
+    rows = count if layer.key_scales is None else groups * GROUP
+    layer.other_keys, layer.other_values = layer.other_keys[:, :, :rows], layer.other_values[:, :, :rows]
+    if layer.key_scales is not None:
+        layer.key_scales, layer.value_scales = layer.key_scales[:, :, :groups], layer.value_scales[:, :, :rows]

@@ -172,7 +172,7 @@ FREE = frozenset(
     for name in (
         "append_tokens", "append_tokens_torch", "fixed_positions", "fixed_rows", "gather_kv", "gather_tokens",
         "held_rows", "hiding_rows", "kv_view", "note_queries", "other_tokens", "probe_positions", "quantise_tokens",
-        "restore_tokens", "room_for_queries", "row_count", "select_tokens", "to_host", "token_positions", "with_others",
+        "restore_tokens", "room_for_queries", "row_count", "select_tokens", "to_host", "token_positions",
         "with_room",
     )
 )  # fmt: skip
