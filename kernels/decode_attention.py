@@ -26,6 +26,33 @@ PROGRAMS = 1024  # enough to fill a large GPU several times
 MAX_SPLITS = 64
 
 
+# Helpers take pointers only to write: of one that gives something back, Inductor takes every pointer for written to.
+@triton.jit
+def rows_of_tile(m, FACTOR: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the (head, new token) rows that share a KV head: their numbers, whether they exist, heads and tokens."""
+    r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return r, r < FACTOR * m, (r // m).to(tl.int64), (r % m).to(tl.int64)
+
+
+@triton.jit
+def mask_offsets(where, head, token, stride_mh, stride_mq, stride_mk, ROW: tl.constexpr):
+    """Return where a mask speaks of tokens, by where they stand in the sequence."""
+    if ROW:
+        offsets = where * stride_mk
+    else:
+        offsets = head[:, None] * stride_mh + token[:, None] * stride_mq + where[None, :] * stride_mk
+    return offsets
+
+
+@triton.jit
+def store_part(partial, tops, totals, top, total, result, row, inside, DV, BLOCK_DV: tl.constexpr):
+    """Write what rows get from one part of the tokens, for `_join_kernel`."""
+    dv = tl.arange(0, BLOCK_DV)
+    tl.store(tops + row, top, mask=inside)
+    tl.store(totals + row, total, mask=inside)
+    tl.store(partial + row[:, None] * DV + dv[None, :], result, mask=inside[:, None] & (dv < DV)[None, :])
+
+
 @triton.jit
 def _decode_kernel(
     q, keys, values, positions, mask, partial, tops, totals, held, P, prompt_length, length, part, m, scale, softcap,
@@ -40,16 +67,12 @@ def _decode_kernel(
     if HELD:  # a number that only the device knows
         length = tl.load(held).to(tl.int32)
         part = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), BLOCK_N) * BLOCK_N
-    b, h = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = r < FACTOR * m
-    head, token = (r // m).to(tl.int64), (r % m).to(tl.int64)
+    of_head = tl.program_id(1).to(tl.int64)
+    b, h = of_head // KV_HEADS, of_head % KV_HEADS
+    r, inside, head, token = rows_of_tile(m, FACTOR, BLOCK_M)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q += b * stride_qb + h * FACTOR * stride_qh
-    tile = tl.load(
-        q + head[:, None] * stride_qh + token[:, None] * stride_qn + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
+    own = b * stride_qb + (h * FACTOR + head) * stride_qh + token * stride_qn
+    tile = tl.load(q + own[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
     keys += b * stride_kb + h * stride_kh
     values += b * stride_vb + h * stride_vh
     positions += (b * GROUPS + h * GROUPS // KV_HEADS) * P
@@ -70,19 +93,14 @@ def _decode_kernel(
             where = tl.where(column < P, kept, wide - P + prompt_length)
             if HELD:  # a bucket may have more rows than the mask has columns
                 where = tl.minimum(where, prompt_length - 1)
-            if ROW:
-                pointers = mask + where * stride_mk
-            else:
-                pointers = mask + head[:, None] * stride_mh + token[:, None] * stride_mq + where[None, :] * stride_mk
+            pointers = mask + mask_offsets(where, head, token, stride_mh, stride_mq, stride_mk, ROW)
         scores = masked(scores, exists[None, :] & inside[:, None], exists, pointers, hidden_below, MASK, ROW)
         v = tl.load(
             values + wide[:, None] * stride_vn + dv[None, :], mask=exists[:, None] & (dv < DV)[None, :], other=0.0
         )
         top, total, result = absorb(top, total, result, scores, v)
-    row = (tl.program_id(1).to(tl.int64) * FACTOR * m + r) * SPLITS + split
-    tl.store(tops + row, top, mask=inside)
-    tl.store(totals + row, total, mask=inside)
-    tl.store(partial + row[:, None] * DV + dv[None, :], result, mask=inside[:, None] & (dv < DV)[None, :])
+    row = (of_head * FACTOR * m + r) * SPLITS + split
+    store_part(partial, tops, totals, top, total, result, row, inside, DV, BLOCK_DV)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from zipvl_compile.kernels.common.codes import GROUP, bits_of
 from zipvl_compile.kernels.common.dispatch import launchable
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked, unit_stride
-from zipvl_compile.kernels.decode_attention import Parts
+from zipvl_compile.kernels.decode_attention import Parts, mask_offsets, rows_of_tile, store_part
 
 
 @triton.jit
@@ -38,15 +38,10 @@ def _decode_codes_kernel(
     split = tl.program_id(0)
     of_head = tl.program_id(1).to(tl.int64)
     b, h = of_head // KV_HEADS, of_head % KV_HEADS
-    r = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = r < FACTOR * m
-    head, token = (r // m).to(tl.int64), (r % m).to(tl.int64)
+    r, inside, head, token = rows_of_tile(m, FACTOR, BLOCK_M)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q += b * stride_qb + h * FACTOR * stride_qh
-    tile = tl.load(
-        q + head[:, None] * stride_qh + token[:, None] * stride_qn + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
+    rows_q = b * stride_qb + (h * FACTOR + head) * stride_qh + token * stride_qn
+    tile = tl.load(q + rows_q[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
     key_codes += of_head * rows * (D * KEY_BITS // 8)
     key_scales += of_head * (rows // GROUP) * D * 2
     value_codes += of_head * rows * (DV * VALUE_BITS // 8)
@@ -71,10 +66,7 @@ def _decode_codes_kernel(
         pointers = mask
         if MASK != 0:
             where = tl.load(others + column, mask=exists, other=0)
-            if ROW:
-                pointers = mask + where * stride_mk
-            else:
-                pointers = mask + head[:, None] * stride_mh + token[:, None] * stride_mq + where[None, :] * stride_mk
+            pointers = mask + mask_offsets(where, head, token, stride_mh, stride_mq, stride_mk, ROW)
         scores = masked(scores, exists[None, :] & inside[:, None], exists, pointers, hidden_below, MASK, ROW)
         step = tl.load(value_scales + wide * 2, mask=exists, other=0.0).to(tl.float32)
         zero = tl.load(value_scales + wide * 2 + 1, mask=exists, other=0.0).to(tl.float32)
@@ -83,9 +75,7 @@ def _decode_codes_kernel(
         v = (v * step[:, None] + zero[:, None]).to(tile.dtype)
         top, total, result = absorb(top, total, result, scores, v)
     row = (of_head * FACTOR * m + r) * SPLITS + first + split
-    tl.store(tops + row, top, mask=inside)
-    tl.store(totals + row, total, mask=inside)
-    tl.store(partial + row[:, None] * DV + dv[None, :], result, mask=inside[:, None] & (dv < DV)[None, :])
+    store_part(partial, tops, totals, top, total, result, row, inside, DV, BLOCK_DV)
 
 
 def decode_triton(

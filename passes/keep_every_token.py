@@ -71,7 +71,7 @@ def apply(graph: Graph, sites: Sites, settings: Settings) -> None:
     plain = plain_layers(graph, gathers) - {site.layer for site in sites.prefill if site.rewritten}  # type: ignore[misc]
     if settings.reselect_every:  # what is generated may be selected from
         plain = set()
-    others = {node for positions in plain for node in cache_layers.followers(positions)}  # there are none
+    others = {node for positions in plain for node in cache_layers.followers(positions)}  # where all are kept: empty
     for gather in gathers:
         assert gather.node is not None
         spare = 0 if gather.positions in plain else gather.spare

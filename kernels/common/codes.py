@@ -18,9 +18,8 @@ from zipvl_compile.kernels.common.checks import fail
 
 GROUP = 64  # neighbouring tokens of a list that share the scale of a channel
 BITS = (8, 4, 2)
-MOST = (
-    1 << 18
-)  # numbers in full at a time on a CPU: what stays in its caches; elsewhere a launch costs more than memory
+# Numbers in full at a time: on a CPU what stays in its caches; elsewhere a launch costs more than memory.
+MOST = 1 << 18
 MOST_ELSEWHERE = 1 << 24
 _AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

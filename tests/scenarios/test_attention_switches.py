@@ -10,22 +10,14 @@ import peft
 import pytest
 import torch
 from support import fake_flash, tiny_llama, tiny_llava
+from support.quiet import nothing_compiled_or_said  # noqa: F401
 
 import zipvl_compile
 from zipvl_compile.cache.hf_names import as_argument, cache_of
-from zipvl_compile.report import compile_report
 from zipvl_compile.report.compile_report import collect
 
 OPTIONS = {"min_tokens": 0, "inner": "eager", "keep_ratio": 0.5}
 REMEDY = "call model.set_attn_implementation('sdpa')"
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(compile_report, "_warned", set())
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
+from support.cache_copies import stored_and_loaded
 from support.tiny_llava import compiled, inputs, model, prefill, prompt_cache, shared, step
 from transformers import DynamicCache
 
@@ -33,13 +33,6 @@ def forked(cache):
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     return new
-
-
-def stored_and_loaded(cache):
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def rebuilt(cache):

@@ -11,6 +11,7 @@ import torch
 from accelerate.big_modeling import attach_align_device_hook_on_blocks
 from accelerate.utils import TorchDynamoPlugin
 from support import tiny_llama, tiny_llava
+from support.quiet import nothing_compiled_or_said  # noqa: F401
 from torch import distributed
 from transformers import LlavaForConditionalGeneration
 
@@ -22,14 +23,6 @@ OPTIONS = {"min_tokens": 0, "inner": "eager"}
 HALF = {"keep_ratio": 0.5}
 PROMPT = {"input_ids": tiny_llama.prompt(60)}
 SPLIT = "only the KV cache is compacted. Hooks of accelerate"
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(compile_report, "_warned", set())
-    with torch.no_grad():
-        yield
 
 
 def generated(f, x=PROMPT):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from support import tiny_llama, tiny_models
+from support.cache_copies import stored_and_loaded
 from transformers import DynamicCache
 
 import zipvl_compile
@@ -187,13 +187,6 @@ def test_latents_and_odd_heads_stay_whole_and_say_why():
     assert "evict_bits=2 and a head_dim of 18, which 4 does not divide" in str(reports[0])
 
 
-def pickled(cache):
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def selected(cache):
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -202,7 +195,7 @@ def selected(cache):
     return cache
 
 
-CHANGES = {"deepcopy": copy.deepcopy, "fork": zipvl_compile.fork, "pickle": pickled, "samples": selected}
+CHANGES = {"deepcopy": copy.deepcopy, "fork": zipvl_compile.fork, "pickle": stored_and_loaded, "samples": selected}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import tiny_llama, tiny_models
+from support.selected_anew import Attention, chosen
 from support.tiny_llava import compiled, inputs, model, prompt_cache, step
 from transformers import DynamicCache, LlamaConfig
 
@@ -65,14 +66,6 @@ FIRST, SECOND, RATIO = 60, 150, 0.5
 HALF = {"policy": "paper", "keep_ratio": RATIO}
 
 
-class Attention(torch.nn.Module):
-    """Attention of one layer over a cache, as models call it."""
-
-    def forward(self, q, k, v, mask, cache):
-        k, v = cache.update(k, v, 0)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
 def parts(batch):
     """Return Q, K and V of two parts, and the masks of both: of the second sample some tokens are padding."""
     generator = torch.Generator().manual_seed(3)
@@ -85,17 +78,6 @@ def parts(batch):
     given = [(*(x[:, :, part] for x in (q, k, v)), mask[:, :, part, : part.stop])
              for part in (slice(0, FIRST), slice(FIRST, n))]  # fmt: skip
     return given, shown
-
-
-def chosen(q, keys, places, shown):
-    """Return which of the tokens in memory are kept: half of them, by normalised scores of the 128 newest rows."""
-    rows, count = 128, keys.shape[2]
-    scores = q[:, :, -rows:] @ keys.repeat_interleave(2, 1).transpose(2, 3) / 4
-    seen = torch.ones(rows, count, dtype=torch.bool).tril(count - rows) & shown.gather(1, places[:, 0])[:, None, None]
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num().mean(1).sum(1)
-    ranks = weights / seen[:, 0].sum(1).clamp(min=1)
-    ranks[:, -1] = torch.inf  # the newest token is always kept
-    return ranks.topk(-(-count // 2)).indices.sort().values
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -122,7 +104,7 @@ def test_the_tokens_of_a_later_part_are_those_of_the_model_written_out(first, ba
     at = places[:, :, None].expand(-1, -1, SECOND, -1)
     expected = F.scaled_dot_product_attention(two[0], keys, values, attn_mask=mask.gather(3, at), enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    kept = chosen(two[0], keys, places, shown)
+    kept = chosen(two[0][:, :, -128:], keys, places[:, 0], shown, -(-keys.shape[2] // 2))
     assert torch.equal(layer.positions[:, 0], places[:, 0].gather(1, kept))
     rows = kept[:, None, :, None].expand(-1, 2, -1, 16)
     assert torch.equal(layer.keys, keys.gather(2, rows)) and torch.equal(layer.values, values.gather(2, rows))

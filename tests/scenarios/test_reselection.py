@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import tiny_llama
+from support.selected_anew import Attention, chosen
 from transformers import DynamicCache, LlamaConfig
 
 import zipvl_compile
@@ -18,14 +19,6 @@ from zipvl_compile.report import compile_report
 PROMPT, EVERY, ROWS, KEEP = 60, 10, 6, 24
 
 
-class Attention(torch.nn.Module):
-    """Attention of one layer over a cache, as models call it."""
-
-    def forward(self, q, k, v, mask, cache):
-        k, v = cache.update(k, v, 0)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
 def tokens(batch: int, n: int):
     """Return Q, K, V and the mask of n tokens in float64; of the second sample some are padding."""
     generator = torch.Generator().manual_seed(3)
@@ -34,17 +27,6 @@ def tokens(batch: int, n: int):
     shown = torch.ones(batch, n, dtype=torch.bool)
     shown[1:, :9] = False
     return q, k, v, torch.ones(n, n, dtype=torch.bool).tril() & shown[:, None, None], shown
-
-
-def chosen(queries, keys, places, shown, least):
-    """Return which tokens are kept, by normalised scores of the newest rows of all, the oldest of them first."""
-    rows, count = queries.shape[2], keys.shape[2]
-    scores = queries @ keys.repeat_interleave(2, 1).transpose(2, 3) / 4
-    seen = torch.ones(rows, count, dtype=torch.bool).tril(count - rows) & shown.gather(1, places)[:, None, None]
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num().mean(1).sum(1)
-    ranks = weights / seen[:, 0].sum(1).clamp(min=1)
-    ranks[:, -1] = torch.inf  # the newest token is always kept
-    return ranks.topk(least).indices.sort().values
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])

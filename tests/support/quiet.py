@@ -1,7 +1,9 @@
-"""The fixture of the numeric tests: one thread, no gradients."""
+"""Fixtures: one thread without gradients, for numeric tests; nothing compiled and nothing said, for warnings."""
 
 import pytest
 import torch
+
+from zipvl_compile.report import compile_report
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +13,11 @@ def one_thread_without_gradients():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_or_said(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compile_report, "_warned", set())
+    with torch.no_grad():
+        yield
