@@ -10,8 +10,12 @@ as vision towers of convolutions; a decoder that does not is an error, and nothi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 READ = ("sdpa", "eager")
 
@@ -36,6 +40,9 @@ def switch(model: torch.nn.Module, decoders: list[torch.nn.Module], attention: s
     Raises:
         ValueError: a decoder cannot be switched to it, or is no Hugging Face model.
     """
+    # Takes seconds, and prints what optional libraries say when they load, torchao above all.
+    from transformers import PreTrainedModel
+
     parts: dict[int, PreTrainedModel] = {}  # by config, which several models may share
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

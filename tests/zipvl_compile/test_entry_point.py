@@ -32,3 +32,12 @@ def test_model_compile_needs_no_import_of_this_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["['CompactLayer', 'CompactLayer']", "True"]
+
+
+def test_importing_the_package_loads_no_models():
+    """They take seconds, and the optional libraries that they load speak on standard error."""
+    script = (
+        "import sys, zipvl_compile; print([m for m in ('transformers.modeling_utils', 'torchao') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

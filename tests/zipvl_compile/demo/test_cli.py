@@ -150,5 +150,6 @@ def test_missing_checkpoint_names_the_remedy(tmp_path, monkeypatch):
 def test_missing_extra_names_the_install_command():
     script = "import sys; sys.modules['typer'] = None; import zipvl_compile.demo.cli"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "typer" in result.stderr and "pip install 'zipvl-compile[demo]'" in result.stderr
+    last = result.stderr.splitlines()[-1]  # optional libraries may speak before it
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "typer" in last and "pip install 'zipvl-compile[demo]'" in last
