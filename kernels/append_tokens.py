@@ -8,11 +8,10 @@ Nothing else of the cache is read or written. On a GPU this is one launch that I
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common.checks import fail
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.tiles import strides, unit_stride
 
 

@@ -13,11 +13,10 @@ Source: ZipVL (arXiv 2410.08584), decoding over the KV cache of important tokens
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common import tiles
 from zipvl_compile.kernels.common.dispatch import has_known_sizes, is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.decode_attention_torch import check, decode_in_graph, empty_output
 from zipvl_compile.kernels.token_positions import cached_count

@@ -7,11 +7,10 @@ neighbouring bytes, 8 / bits times from the first cache; a tile is then like one
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common.codes import GROUP, bits_of
 from zipvl_compile.kernels.common.dispatch import launchable
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked, unit_stride
 from zipvl_compile.kernels.decode_attention import Parts, mask_offsets, rows_of_tile, store_part
 

@@ -11,11 +11,10 @@ Source: ZipVL (arXiv 2410.08584), KV cache of important tokens only.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common.checks import check_positions, fail
 from zipvl_compile.kernels.common.dispatch import launchable, use_triton
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.tiles import unit_stride
 from zipvl_compile.kernels.common.token_copies import take_rows
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import struct
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common.dispatch import launchable
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.select_tokens_torch import FIXED
 
 MAX_BLOCK = 16384  # scores that one program holds in registers; longer prompts are read again for every bit

@@ -19,12 +19,11 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common import autotune, tiles
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, check_positions, fail, per_head
 from zipvl_compile.kernels.common.dispatch import launchable, use_triton
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.common.token_copies import take_rows

@@ -20,12 +20,11 @@ Source: ZipVL (arXiv 2410.08584), probe tokens and accumulated / normalised atte
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zipvl_compile.kernels.common.checks import check_attention_inputs, check_mask, fail
 from zipvl_compile.kernels.common.dispatch import is_traced, launchable, use_triton
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.masks import rows_that_see, share_seen
 from zipvl_compile.kernels.common.tiles import (
     capped,

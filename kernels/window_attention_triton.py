@@ -8,12 +8,11 @@ of kept rows read the band from the first row's window to the last row, so all b
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from zipvl_compile.kernels.common import tiles
 from zipvl_compile.kernels.common.checks import per_head
 from zipvl_compile.kernels.common.dispatch import launchable
+from zipvl_compile.kernels.common.language import tl, triton
 from zipvl_compile.kernels.common.masks import take
 from zipvl_compile.kernels.common.tiles import absorb, capped, dot, masked
 from zipvl_compile.kernels.sparse_attention import _attend_columns, sparse_attention, tilings

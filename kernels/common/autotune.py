@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
-from triton.errors import TritonError
+
+from zipvl_compile.kernels.common.language import TritonError
 
 log = logging.getLogger("zipvl_compile")
 Candidates = dict[str, Callable[[], torch.Tensor]]

@@ -14,17 +14,12 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from triton import knobs
 
 from zipvl_compile.kernels.common.checks import fail
+from zipvl_compile.kernels.common.language import HAS_TRITON, interpreted
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256  # a tile of keys and one of values must fit into shared memory
-
-
-def interpreted() -> bool:
-    """Return whether Triton's kernels run in its interpreter, on the CPU."""
-    return bool(knobs.runtime.interpret)
 
 
 def is_traced(x: torch.Tensor) -> bool:
@@ -82,6 +77,8 @@ def use_triton(operator: str, kernel: str, *tensors: torch.Tensor) -> bool:
 
 
 def _unsupported(tensors: tuple[torch.Tensor, ...]) -> str:
+    if not HAS_TRITON:
+        return "a Python without Triton"
     if not (tensors[0].is_cuda or (interpreted() and tensors[0].device.type == "cpu")):
         return f"tensors on {tensors[0].device.type}"
     for x in tensors:

@@ -8,10 +8,8 @@ A mask comes as a pointer with one stride per axis (0 where it broadcasts), so n
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
-from zipvl_compile.kernels.common.dispatch import interpreted
+from zipvl_compile.kernels.common.language import interpreted, tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2

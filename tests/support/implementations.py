@@ -12,7 +12,7 @@ import torch
 import triton
 from torch.utils._pytree import tree_map_only
 
-from zipvl_compile.kernels.common.dispatch import interpreted
+from zipvl_compile.kernels.common.language import interpreted
 
 # Triton 3.6's interpreter fails with NumPy 2.4: "only 0-dimensional arrays can be converted to Python scalars".
 BROKEN = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
