@@ -13,7 +13,20 @@ from zipvl_compile.compiling import compile
 from zipvl_compile.per_request import settings
 from zipvl_compile.report.compile_report import recent_reports
 from zipvl_compile.report.explain import explain
+from zipvl_compile.report.requests import RequestStats, requests
 from zipvl_compile.report.stats import stats
 from zipvl_compile.version import __version__
 
-__all__ = ["__version__", "compile", "explain", "fork", "grow", "kept_tokens", "recent_reports", "settings", "stats"]
+__all__ = [
+    "RequestStats",
+    "__version__",
+    "compile",
+    "explain",
+    "fork",
+    "grow",
+    "kept_tokens",
+    "recent_reports",
+    "requests",
+    "settings",
+    "stats",
+]

@@ -44,12 +44,14 @@ from zipvl_compile.passes.prefill.selection import BUDGET, LAYERS
 from zipvl_compile.per_request import budget_of_call, check_can_change
 from zipvl_compile.pipeline import rewrite, settings_of
 from zipvl_compile.report.compile_report import record, record_training
+from zipvl_compile.report.requests import note_graph, print_requests_if_asked
 
 log = logging.getLogger("zipvl_compile")
 # Decorators of transformers share one code object, and every prompt shape of every model counts against its limit.
 # PyTorch's 8 are soon used up, and everything after that runs in eager mode. The lengths of a cache change with every
 # step and prompt: a graph for the first ones alone would serve one step.
 set_up_calls(256, r".*\.cumulative_length,.*\.prompt_length")
+print_requests_if_asked()
 # Functions of transformers that count image tokens, and that write sizes into a message: Dynamo compiles them anew for
 # every number of image tokens, to compute next to nothing. Behind a graph break of their own, each is a frame.
 CHEAP = ("get_placeholder_mask",)
@@ -88,7 +90,7 @@ def zipvl(
     settings = settings_of(parsed)
     done = rewrite(copied(gm.graph)[0], settings)  # Dynamo reads its graph once more, and knows no input of ours
     gm.graph = done.graph
-    record(done)
+    report = record(done)
     gm.recompile()
     fixed = _take_marks_of_size(gm)
     if fixed:
@@ -104,6 +106,7 @@ def zipvl(
     backend = backend_of_call()
 
     def run(*inputs: Any) -> Any:
+        note_graph(report)
         with torch.no_grad():
             if fresh and backend_of_call() not in (None, backend):
                 _warn_of_other_code()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ class CacheStats:
         """
         whole = max((layer.bytes_at_selection - layer.bytes_used for layer in self.layers), default=0)
         return self.bytes_used + max(whole, 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, texts, lists and dicts, as JSON takes them."""
+        totals = ("bytes_used", "bytes_allocated", "bytes_freed", "bytes_on_host", "bytes_peak")
+        return {name: getattr(self, name) for name in totals} | {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         whole = self.bytes_used + self.bytes_freed
