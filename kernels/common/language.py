@@ -9,6 +9,8 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+from zipvl_compile.kernels.common.private import LOGGER_OF_TRITON_OPS
+
 __all__ = ["HAS_TRITON", "TritonError", "interpreted", "tl", "triton"]
 
 
@@ -27,8 +29,7 @@ except ImportError:
     tl = SimpleNamespace(constexpr=_as_it_is)  # type: ignore[assignment]
     knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))  # type: ignore[assignment]
     TritonError = RuntimeError  # type: ignore[assignment,misc]
-    # PyTorch warns of every `triton_op`.
-    logging.getLogger("torch._library.triton").addFilter(lambda record: "Triton not available" not in record.msg)
+    logging.getLogger(LOGGER_OF_TRITON_OPS).addFilter(lambda record: "Triton not available" not in record.msg)
 else:
     HAS_TRITON = True
 

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "zipvl_compile"
 #: Folders at the top that are imported as parts of the package, through links inside it.
 LINKED = ("passes", "kernels")
+#: A source distribution holds no links, but these folders where the links are.
+HAS_LINKS = all((ROOT / PACKAGE / top).is_symlink() for top in LINKED)
 
 
 def sources() -> list[Path]:
@@ -49,7 +51,9 @@ def imports(path: Path, known: frozenset[str]) -> set[str]:
 
 def mirrored_tests(path: Path) -> list[Path]:
     """Return the test files in the folder that mirrors that of a source file."""
-    return sorted((ROOT / "tests" / path.parent.relative_to(ROOT)).glob("test_*.py"))
+    parts = path.parent.relative_to(ROOT).parts
+    folder = Path(*parts[1:] if parts[1:2] and parts[1] in LINKED else parts)
+    return sorted((ROOT / "tests" / folder).glob("test_*.py"))
 
 
 def helpers() -> dict[str, Path]:
