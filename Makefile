@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed system kernels lint train clean
+.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed system kernels lint train dist test-dist matrix clean
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml zipvl_compile/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
@@ -87,6 +87,20 @@ kernels: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python -m zipvl_compile.demo.tiny_lvlm.train --out zipvl_compile/demo/tiny_lvlm/checkpoint
 	$(BIN)/python -m zipvl_compile.demo.tiny_lvlm.train --canvas large --out zipvl_compile/demo/tiny_lvlm/checkpoint_large
+
+# Wheel and source distribution, in build/dist.
+dist: $(STAMP)
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+
+# Both of them where nothing else is installed, and a user's code under mypy and pyright.
+test-dist: dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m dist tests/release
+
+# Releases of Python, PyTorch and transformers, half an hour on two cores and 6 GB; writes benchmarks/results/matrix.md.
+# MATRIX=3.11/2.12/5.17 tries that one.
+matrix: dist
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix.py $(MATRIX)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

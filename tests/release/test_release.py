@@ -1,0 +1,120 @@
+"""What is released: `make test-dist` builds it, and installs it where nothing else is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.source_tree import PACKAGE, ROOT, module_name, sources
+
+import zipvl_compile
+
+HERE = Path(__file__).parent
+DIST = ROOT / "build" / "dist"
+# What needs no compiler, beside what reads the files of the repository.
+QUICK = ("tests/kernels/test_select_tokens.py", "tests/test_layout.py", "tests/test_readme.py")
+
+
+def run(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command where no setting of the tests' own process reaches it."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON", "PYTHON"))}
+    given = [str(part) for part in command]
+    return subprocess.run(given, cwd=folder, env=own, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    return next(DIST.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def python(wheel) -> Path:
+    """Return the Python of an environment that holds the wheel and what it requires."""
+    folder = DIST / "venv"
+    assert run(sys.executable, "-m", "venv", "--clear", folder, folder=ROOT).returncode == 0
+    installed = run(folder / "bin" / "python", "-m", "pip", "install", "-q", wheel, folder=ROOT)
+    assert installed.returncode == 0, installed.stderr
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory) -> Path:
+    """Return the folder of the source distribution."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(next(DIST.glob("*.tar.gz"))) as archive:
+        assert [one.name for one in archive if one.issym() or one.islnk()] == []
+        archive.extractall(folder)
+    return next(folder.iterdir())
+
+
+def test_the_changelog_begins_with_the_version():
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings[0] == f"## {zipvl_compile.__version__}"
+
+
+def test_every_public_name_is_among_the_typed_uses():
+    text = (HERE / "typed_use.py").read_text()
+    assert [name for name in zipvl_compile.__all__ if f"zipvl_compile.{name}" not in text] == []
+
+
+@pytest.mark.dist
+def test_the_wheel_holds_every_file_of_the_package_and_its_data(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {}
+    for path in sources():
+        module = module_name(path).replace(".", "/")
+        expected[f"{module}/__init__.py" if path.name == "__init__.py" else f"{module}.py"] = path.read_bytes()
+    for path in [ROOT / PACKAGE / "py.typed", *(ROOT / PACKAGE / "demo" / "tiny_lvlm").glob("checkpoint*/*")]:
+        expected[str(path.relative_to(ROOT))] = path.read_bytes()
+    assert sorted(held) == sorted(expected) and held == expected
+    assert wheel.stat().st_size < 15e6
+
+
+@pytest.mark.dist
+def test_a_model_compiles_by_the_name_of_the_backend_alone(python, tmp_path):
+    done = run(python, HERE / "compile_tiny.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["LLaVA", "Llama"]
+
+
+@pytest.mark.dist
+def test_without_extras_the_command_says_what_to_install(python, tmp_path):
+    done = run(python.parent / "zipvl", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    line = "zipvl: the command line needs typer, which is not installed: pip install 'zipvl-compile[demo]'"
+    assert done.stderr.splitlines() == [line]
+
+
+CHECKERS = {
+    "mypy": ("mypy", "--strict", "--config-file=", "--python-executable"),
+    "pyright": ("pyright", "--pythonpath"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_users_code_passes_the_type_checkers(checker, python, tmp_path):
+    module, *options = CHECKERS[checker]
+    (tmp_path / "use.py").write_text((HERE / "typed_use.py").read_text())
+    done = run(sys.executable, "-m", module, *options, python, "use.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrong = (tmp_path / "use.py").read_text().replace("fork(out.cache), 16", 'fork(out.cache), "16"')
+    (tmp_path / "use.py").write_text(wrong)
+    done = run(sys.executable, "-m", module, *options, python, "use.py", folder=tmp_path)
+    assert done.returncode == 1 and "tokens" in done.stdout
+
+
+@pytest.mark.dist
+def test_the_tests_run_from_the_source_distribution(unpacked):
+    collected = run(sys.executable, "-m", "pytest", "-q", "--collect-only", folder=unpacked)
+    assert collected.returncode == 0, collected.stdout[-2000:]
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *QUICK, folder=unpacked)
+    assert done.returncode == 0, done.stdout[-2000:]
+    where = run(sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)", folder=unpacked)
+    assert where.stdout.strip() == str(unpacked / PACKAGE / "__init__.py")
