@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from zipvl_compile.cache.compact_layer import CompactLayer
 from zipvl_compile.cache.hf_names import cache_of
@@ -19,6 +17,7 @@ from zipvl_compile.dynamo import raise_recompile_limit_of_all
 from zipvl_compile.passes.match.outcome import SiteOutcome
 from zipvl_compile.report.compile_report import CompileReport
 from zipvl_compile.report.explain import OwnOptions
+from zipvl_compile.report.requests import requests
 from zipvl_compile.report.stats import stats
 
 Inputs = Mapping[str, torch.Tensor]
@@ -87,24 +86,6 @@ class Comparison:
         return rows
 
 
-class _Clock(StoppingCriteria):
-    """Writes down when each new token is there, and never stops the generation."""
-
-    def __init__(self) -> None:
-        self.times = [now()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        self.times.append(now())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def now() -> float:
-    """Return a clock in seconds, after all work queued on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def compiled_copy(
     model: torch.nn.Module, options: Mapping[str, Any] | None, inner: str = "inductor", dynamic: bool | None = None
 ) -> Any:
@@ -129,36 +110,34 @@ def compiled_copy(
 
 
 def answer(model: Any, processor: Any, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
-    """Generate greedily from one prompt (batch 1) and time every token.
+    """Generate greedily from one prompt (batch 1) and measure it.
 
     Raises:
         ValueError: the model generates without a KV cache.
     """
     n = inputs["input_ids"].shape[1]
-    clock = _Clock()
-    out = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        return_dict_in_generate=True,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
+    with requests(every_model=True) as done:
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+        )
     cache = cache_of(out)
-    if cache is None:
+    if cache is None or not done:
         raise ValueError(
             f"model: expected one that generates with a KV cache, got {type(model).__name__}, which returned none. "
             "Set use_cache=True in its generation_config."
         )
-    start, first, *later = clock.times
-    held = stats(cache)
+    took, held = done[-1], stats(cache)
     return Answer(
         text=processor.batch_decode(out.sequences[:, n:], skip_special_tokens=True)[0].strip(),
         prompt_length=n,
         kept=[None if p is None else p[0, 0][p[0, 0] < n].cpu() for p in kept_tokens(cache)],
-        first_token=first - start,
-        per_token=(later[-1] - first) / len(later) if later else None,
+        first_token=took.prefill_ms / 1e3,
+        per_token=None if took.decode_ms is None else took.decode_ms / 1e3,
         kv_used=held.bytes_used,
         kv_allocated=held.bytes_allocated,
         kinds=[_kind(layer) for layer in cache.layers],

@@ -160,4 +160,4 @@ def collect() -> Iterator[list[CompileReport]]:
     try:
         yield collected
     finally:
-        _listeners.remove(collected)
+        _listeners[:] = [one for one in _listeners if one is not collected]  # two lists may be equal

@@ -29,12 +29,13 @@ from zipvl_compile.dynamo import in_place_for_zipvl
 from zipvl_compile.report.compile_report import CompileReport, collect
 from zipvl_compile.report.stats import CacheStats, stats
 
-_here = threading.local()  # `.ran`: reports of the graphs that ran in the `generate` of this thread; `.lists`: to fill
+_here = threading.local()  # `.ran`: reports of the graphs that ran in the `generate` of this thread; `.lists`: to fill,
+# each with whether models that are not compiled for zipvl count, too
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """One `generate` of a model that is compiled for zipvl.
+    """One `generate`.
 
     Attributes:
         model: name of its class.
@@ -95,11 +96,14 @@ def _megabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def requests() -> Iterator[list[RequestStats]]:
+def requests(*, every_model: bool = False) -> Iterator[list[RequestStats]]:
     """Collect what every `generate` of a compiled model does inside the `with` block, on this thread.
 
     Only models that generate by Hugging Face's `generate` and were compiled in place, by `model.compile` or
     `zipvl_compile.compile`. On GPUs the first new token is waited for.
+
+    Args:
+        every_model: also those that zipvl has no part in, for comparisons with them.
 
     Yields:
         a list that grows by one `RequestStats` with every `generate` that ends.
@@ -107,11 +111,11 @@ def requests() -> Iterator[list[RequestStats]]:
     _watch()
     done: list[RequestStats] = []
     lists = _here.__dict__.setdefault("lists", [])
-    lists.append(done)
+    lists.append((done, every_model))
     try:
         yield done
     finally:
-        lists[:] = [one for one in lists if one is not done]
+        lists[:] = [one for one in lists if one[0] is not done]
 
 
 def print_requests_if_asked() -> None:
@@ -135,8 +139,13 @@ def _watch() -> None:
     @functools.wraps(inner)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         printed = os.environ.get("ZIPVL_LOG", "0") not in ("", "0")
-        lists = list(getattr(_here, "lists", ()))
-        if not (printed or lists) or getattr(_here, "ran", None) is not None or not in_place_for_zipvl(self):
+        listeners = getattr(_here, "lists", ())
+        if not (printed or listeners) or getattr(_here, "ran", None) is not None:
+            return inner(self, *args, **kwargs)
+        ours = in_place_for_zipvl(self)
+        lists = [one for one, every_model in listeners if ours or every_model]
+        printed = printed and ours
+        if not (printed or lists):
             return inner(self, *args, **kwargs)
         result, request = _measured(inspect.signature(inner).bind(self, *args, **kwargs), inner)
         for one in lists:
@@ -176,7 +185,7 @@ def _measured(call: inspect.BoundArguments, inner: Callable[..., Any]) -> tuple[
         prefill_ms=1e3 * (clock.times[0] - clock.start) if clock.times else 0.0,
         decode_ms=1e3 * (clock.times[-1] - clock.times[0]) / (new - 1) if new > 1 else None,
         compiled=len(compiled),
-        dense=_dense(ran),
+        dense=_dense(ran) if in_place_for_zipvl(model) else {},
         cache=held,
     )
     return (out if wants_dict or not hasattr(out, "sequences") else out.sequences), request

@@ -116,3 +116,11 @@ def test_layers_whose_graphs_end_below_the_attention_are_said_once():
         record(done)
         record(done)
     assert len(given) == 1
+
+
+def test_one_collection_inside_another_ends_alone():
+    with collect() as outer:
+        with collect() as inner:
+            pass
+        report = record_training(torch.fx.Graph())
+    assert outer == [report] and inner == []

@@ -97,6 +97,15 @@ def test_nothing_is_collected_of_others_nor_after_the_block():
     assert done == []
 
 
+def test_every_model_counts_where_asked():
+    f = model()
+    with requests() as ours, requests(every_model=True) as every:
+        out = f.generate(**PROMPT, **ASK, return_dict_in_generate=True)
+    assert ours == [] and len(every) == 1
+    assert every[0].cache == stats(out) and every[0].prompt_tokens == LENGTH and every[0].new_tokens == 5
+    assert every[0].kept == 1.0 and every[0].dense == {} and every[0].decode_ms > 0
+
+
 def test_a_failure_is_no_entry_and_the_next_is_one():
     f = compiled(tau=0.9)
     with requests() as done:
