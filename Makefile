@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed system kernels lint train dist test-dist matrix clean
+.PHONY: demo test test-models bench gpu gpu-tests gpu-kernels gpu-prefill gpu-decode gpu-speed system kernels lint train docs dist test-dist matrix clean
 
 $(STAMP): pyproject.toml zipvl_compile/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -101,6 +101,11 @@ test-dist: dist
 # MATRIX=3.11/2.12/5.17 tries that one.
 matrix: dist
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix.py $(MATRIX)
+
+# The site: build/site/index.html.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/speed.md, and the plot: `python benchmarks/tables.py`."""
+"""Write the tables of README.md and the pages of docs/, and the plot: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from gpu_table import gpu
 from newest import ROOT, latest, source
@@ -117,8 +118,8 @@ def draw() -> None:
     figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=120)
 
 
-def frontier() -> str:
-    """Return what every rule costs on each model: kept tokens, loss, points, cache and FLOPs."""
+def frontier(variants: Iterable[str] = tuple(VARIANTS)) -> str:
+    """Return what rules cost on each model: kept tokens, loss, points, cache and FLOPs."""
     rows = latest("frontier")
     cases = {case.split(",")[0]: case for _, case, _ in rows}
     of = {
@@ -133,7 +134,7 @@ def frontier() -> str:
         "|---" * 12 + "|",
     ]
     of_presets = {variant: preset for preset, variant in OF_PRESETS.items()}
-    for variant in VARIANTS:
+    for variant in variants:
         cells = [f"**{variant}** (`{of_presets[variant]}`)" if variant in of_presets else variant]
         for model in ("smollm2", "gemma3"):
             m = of.get((model, variant))
@@ -148,6 +149,18 @@ def frontier() -> str:
         if any(cells[1:]):
             table.append("| " + " | ".join(cells) + " |")
     return "\n".join([*table, "", f"{'; '.join(cases.values())}. {source(rows)}"])
+
+
+def presets() -> str:
+    """Return what the presets cost: their rows of `frontier`."""
+    return frontier(OF_PRESETS[name] for name in ("quality", "balanced", "fast", "paper"))
+
+
+def graph() -> str:
+    """Return a graph before and after the passes."""
+    from graph_example import page
+
+    return page()
 
 
 def rules(file: str = "rules") -> str:
@@ -233,8 +246,9 @@ def _points(m: dict[str, float], kind: str) -> str:
 TABLES = {
     "speed": speed, "decode": decode, "never_slower": never_slower, "compile_time": compile_time, "frontier": frontier,
     "gpu": gpu, "rules": rules, "skipped_layers": skipped_layers, "pictures": pictures, "demo": demo,
+    "presets": presets, "graph": graph,
 }  # fmt: skip
-PAGES = ("README.md", "docs/speed.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/how-it-works.md", "docs/speed.md")
 
 
 def render(text: str) -> str:
