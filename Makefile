@@ -106,6 +106,7 @@ matrix: dist
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q tests/test_site.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
