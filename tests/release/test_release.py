@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -84,11 +85,12 @@ def test_a_model_compiles_by_the_name_of_the_backend_alone(python, tmp_path):
 
 
 @pytest.mark.dist
-def test_without_extras_the_command_says_what_to_install(python, tmp_path):
-    done = run(python.parent / "zipvl", folder=tmp_path)
+@pytest.mark.parametrize("command", ["demo", "eval", "explain MODEL", "calibrate MODEL --data ."])
+def test_without_extras_a_command_says_what_to_install(command, python, tmp_path):
+    done = run(python.parent / "zipvl", *command.split(), folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    line = "zipvl: the command line needs typer, which is not installed: pip install 'zipvl-compile[demo]'"
-    assert done.stderr.splitlines() == [line]
+    line = r"zipvl: the command line needs \w+, which is not installed: pip install 'zipvl-compile\[demo\]'\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
 
 
 CHECKERS = {
@@ -113,7 +115,7 @@ def test_a_users_code_passes_the_type_checkers(checker, python, tmp_path):
 @pytest.mark.dist
 def test_the_tests_run_from_the_source_distribution(unpacked):
     collected = run(sys.executable, "-m", "pytest", "-q", "--collect-only", folder=unpacked)
-    assert collected.returncode == 0, collected.stdout[-2000:]
+    assert collected.returncode == 0, re.findall("(?m)^E.*", collected.stdout) or collected.stderr
     done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *QUICK, folder=unpacked)
     assert done.returncode == 0, done.stdout[-2000:]
     where = run(sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)", folder=unpacked)

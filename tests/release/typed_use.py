@@ -21,6 +21,6 @@ def use(model: PreTrainedModel, ids: torch.Tensor) -> None:
         compiled(input_ids=ids)
     assert_type(done, list[zipvl_compile.RequestStats])
     report = zipvl_compile.explain(model, options={"tau": 0.9}, input_ids=ids)
-    print(report, report.prompt_length, zipvl_compile.stats(out).kept, zipvl_compile.recent_reports())
+    print(report, report.prompt_length, zipvl_compile.stats(out).layers, zipvl_compile.recent_reports())
     zipvl_compile.grow(zipvl_compile.fork(out.cache), 16)
     assert_type(zipvl_compile.__version__, str)
