@@ -101,7 +101,7 @@ def ask_bundled(console: Console, setup: Setup, questions: int, seed: int = 0) -
     shown = max(range(len(asked)), key=lambda i: (*by[i], asked[i].kind == "read_all"))
     answers = {name: given[shown] for name, given in result.answers.items()}
     one = asked[shown]
-    draw(console, setup, model, processor, prompts[shown], one.image, _words(one), answers, one.cells)
+    draw(console, setup, model, processor, prompts[shown], [one.image], _words(one), answers, one.cells)
     say(console, tables.won(result), "bold")
     return Bundled(result, right, budgets)
 

@@ -27,6 +27,9 @@ except ImportError as error:
 
 DEFAULT_PROMPT = "What is in this image?"
 DEFAULT_OUTPUT = Path("demo.png")
+IMAGE_HELP = "Image file; repeatable."
+VIDEO_HELP = "Video file, or folder of its frames; repeatable."
+FRAMES_HELP = "Most frames to take of a video, evenly chosen."
 INNER_HELP = "Inner compiler of all models: inductor, aot_eager or eager."
 OPTION_HELP = "Backend option, such as min_tokens=0; repeatable."
 
@@ -92,8 +95,12 @@ def _root(
 def demo(
     questions: Annotated[int, typer.Option(min=1, help="How many held-out questions the bundled model answers.")] = 18,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Local folder or hub name of another LVLM; needs --image.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Image file, with --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Local folder or hub name of another LVLM; needs --image or --video.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP + " With --model.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help=VIDEO_HELP + " With --model.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help=FRAMES_HELP)] = 16,
     prompt: Annotated[str, typer.Option(help="What to ask, with --model.")] = DEFAULT_PROMPT,
     tau: Annotated[float | None, typer.Option(help="The same as --option tau=... [default: 0.975].")] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP + " Shown beside the defaults.")] = None,
@@ -101,7 +108,7 @@ def demo(
     device: Annotated[
         str | None, typer.Option(help="Device, with --model [default: cuda if available, else cpu].")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Picture of the kept image patches.")] = DEFAULT_OUTPUT,
+    output: Annotated[Path, typer.Option(help="Picture of what each layer kept.")] = DEFAULT_OUTPUT,
     inner: Annotated[str, typer.Option(hidden=True, help=INNER_HELP)] = "inductor",
 ) -> None:
     """Compare dense and zipvl answers, KV-cache memory and time: with default options, and with those given."""
@@ -111,49 +118,65 @@ def demo(
         ZipVLOptions.parse({**options, "inner": inner})
 
         from zipvl_compile.demo.bundled import run_bundled
-        from zipvl_compile.demo.prompts import read_image
+        from zipvl_compile.demo.media import read_media
         from zipvl_compile.demo.side_by_side import Setup, run_custom
 
         _quiet()
         setup, console = Setup(options, inner, output), Console()
         if model is None:
-            if image is not None:
-                raise ValueError("--image: expected together with --model, got it alone. Add --model NAME_OR_PATH.")
+            if image or video:
+                name = "--image" if image else "--video"
+                raise ValueError(f"{name}: expected together with --model, got it alone. Add --model NAME_OR_PATH.")
             code = run_bundled(console, setup, questions, seed)
         else:
-            if image is None:
-                raise ValueError("--model: expected together with --image, got it alone. Add --image FILE.")
-            code = run_custom(console, setup, model, read_image(image), prompt, max_new_tokens, device)
+            if not image and not video:
+                raise ValueError("--model: expected together with --image or --video, got it alone. Add --image FILE.")
+            images, videos = read_media(image or [], video or [], frames)
+            code = run_custom(console, setup, model, images, prompt, max_new_tokens, device, videos)
     raise typer.Exit(code)
 
 
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub name of an LVLM.")],
-    image: Annotated[Path | None, typer.Option(help="Image file [default: a grey test image].")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help=IMAGE_HELP + " [default: a grey test image]")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help=VIDEO_HELP)] = None,
+    frames: Annotated[int, typer.Option(min=1, help=FRAMES_HELP)] = 16,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     device: Annotated[str | None, typer.Option(help="[default: cuda if available, else cpu]")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Predict from which length each layer gains.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Picture to draw of what each layer keeps of the prompt.")] = None,
 ) -> None:
-    """List every attention of a model: rewritten or dense, and why."""
+    """List every attention of a model: rewritten or dense, and why; with --output, draw what each layer keeps."""
     with _readable_errors():
+        if output is not None:
+            _check_output(output)
         from PIL import Image
 
-        from zipvl_compile.demo.prompts import load, prompt_inputs, read_image
+        from zipvl_compile.demo.media import read_media
+        from zipvl_compile.demo.prompts import load, prompt_inputs
         from zipvl_compile.report.explain import explain as explain_model
 
         _quiet()
         options = _parse_options(option or [])
         ZipVLOptions.parse(options)
-        picture = Image.new("RGB", (336, 336), "grey") if image is None else read_image(image)
+        images, videos = read_media(image or [], video or [], frames)
+        if not images and not videos:
+            images = [Image.new("RGB", (336, 336), "grey")]
         console = Console()
         with console.status(f"loading {model}"):
             loaded, processor = load(model, device)
         with console.status("compiling a prefill and a decode step"):
-            inputs = prompt_inputs(processor, picture, prompt, loaded.device)
+            inputs = prompt_inputs(processor, images, prompt, loaded.device, videos)
             explanation = explain_model(loaded, options=options, **inputs)
         console.print(explanation)
+        if output is not None:
+            from zipvl_compile.demo.explained import draw_explained
+
+            with console.status("reading the prompt for the picture"):
+                draw_explained(output, explanation, loaded, processor, inputs, prompt, options, images, videos)
+            console.print(f"What each layer keeps of the prompt: {output}", markup=False, highlight=False)
         if cost:
             from zipvl_compile.report.costs import costs, prefill_speedup
 

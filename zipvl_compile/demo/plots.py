@@ -1,147 +1,167 @@
-"""Which image patches each decoder layer kept, as a picture."""
+"""Which tokens of a prompt each decoder layer kept, as a picture: over the images, as bars, and for the text."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.patches import Circle
+from matplotlib.figure import Figure
 from PIL import Image
 
-PANEL_INCHES = 2.6
-MAX_COLUMNS = 6
-PICTURE_PIXELS = 768
-ZOOM_INCHES = 3.4
-AROUND = 2  # patches on each side of an enlarged one
-LEGEND = (
-    "In colour: patches that a layer keeps in its KV cache, which every later word can look at. "
-    "Pale: patches that it dropped; their memory is free."
-)
-KEPT_COLOUR, DROPPED_COLOUR = (0.10, 0.35, 0.65), (0.92, 0.92, 0.92)
+from zipvl_compile.cache.kept_tokens import kept_tokens
+from zipvl_compile.demo.layout import Layout, layout_of
+from zipvl_compile.demo.media import evenly
+from zipvl_compile.demo.plot_charts import TEXT, VISUAL, Bars, Strip
+from zipvl_compile.demo.plot_parts import WIDTH, Enlarged, Header, Views
+from zipvl_compile.report.stats import stats
+
+#: Most panels beside each other, and most layers that are drawn; the bars show all layers.
+MOST_PANELS, MOST_LAYERS = 8, 8
+DOTS_PER_INCH = 100
 
 
-def draw_kept_patches(
-    path: Path,
-    image: Image.Image,
-    kept: Mapping[int, torch.Tensor],
-    image_tokens: torch.Tensor,
-    grid: tuple[int, int],
-    prompt_length: int,
-    title: str = "",
-    cells: Sequence[tuple[int, int]] = (),
-) -> None:
-    """Write a picture with one panel per layer, in which the patches that the layer dropped are faded.
+@dataclass(frozen=True)
+class Kept:
+    """What a KV cache holds of one prompt.
 
-    Where cells are given, each has a column below: what is around it, and what the layers kept of that.
+    Attributes:
+        layers: kept prompt positions of each layer, ascending, int64 `[P]`, or `[G, P]` where groups of heads select on
+            their own; None for layers of another kind.
+        kinds: of each layer, for people: "sliding window", ...
+        bytes_used: of the KV cache.
+        bytes_dense: that it would take with every token, or what dense took.
+    """
+
+    layers: Sequence[torch.Tensor | None]
+    kinds: Sequence[str]
+    bytes_used: int
+    bytes_dense: int
+
+
+def draw_kept(
+    path: str | Path,
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, torch.Tensor],
+    cache: Any,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[Sequence[Image.Image]] = (),
+    lines: Sequence[str] = (),
+) -> Figure:
+    """Draw which tokens of a prompt each layer kept, and write the picture.
+
+    out = model.generate(**inputs, return_dict_in_generate=True)
+    draw_kept("kept.png", model, processor, inputs, out, images=[image])
+
+    Every image and every video frame has a panel, as it is and once for every layer, with the parts that the layer
+    dropped pale and hatched; at most 8 panels and 8 layers, evenly chosen. Images that the processor cuts into tiles
+    are put together again, or have a panel for every tile. Below are the kept share of every layer, as bars, and the
+    text tokens that it kept. Tokens whose place in an image is not known have a strip instead of panels.
 
     Args:
-        path: of the PNG.
-        image: as the model sees it.
-        kept: positions of the kept prompt tokens, int64 `[P]`, by layer number.
-        image_tokens: positions of the image tokens in the prompt, int64 `[rows * columns]`, in reading order.
-        grid: rows and columns of patches.
-        prompt_length: of the prompt (tokens).
-        title: above the panels: the question and the answers.
-        cells: row and column of patches to enlarge.
+        path: .png, .pdf or .svg; PNG is 1200 pixels wide.
+        model: that read the prompt; its config says where images are.
+        processor: that made `inputs`.
+        inputs: of the prompt, batch 1: `input_ids [1, n]`, pixels, grids.
+        cache: of transformers, or an output that has one, with the prompt read.
+        images: of the prompt, RGB, in order. Models of flat patches (Qwen-VL, GLM-V) need them to be seen; of others
+            what the model sees is drawn.
+        videos: for each video, the frames that the processor took.
+        lines: of text below the title, such as question and answer.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: no cache.
+        ValueError: more than one prompt, or no layer of which a part could be kept.
     """
-    rows, columns = grid
-    scale = max(1, PICTURE_PIXELS // max(grid))
-    picture = np.asarray(image.convert("RGB").resize((columns * scale, rows * scale), Image.Resampling.NEAREST)) / 255
-    chosen = {
-        layer: torch.isin(image_tokens, positions.cpu()).reshape(rows, columns).numpy()
-        for layer, positions in kept.items()
-    }
-    count = 1 + len(kept)
-    width = PANEL_INCHES * min(count, MAX_COLUMNS)
-    height = (PANEL_INCHES * rows / columns + 0.5) * math.ceil(count / MAX_COLUMNS) + 1.4
-    figure = Figure(figsize=(width, height + (ZOOM_INCHES if cells else 0)), layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)  # an answer may hold dollar signs
-    figure.supxlabel(LEGEND, fontsize=9)
-    heights = (height, ZOOM_INCHES) if cells else (height,)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = _panels(parts[0], count)
-    axes[0].imshow(picture)
-    axes[0].set_title(f"the image: {rows} x {columns} patches", fontsize=9)
-    for row, column in cells:
-        middle = (column * scale + scale / 2, row * scale + scale / 2)
-        axes[0].add_patch(Circle(middle, 2.5 * scale, fill=False, edgecolor="white", linewidth=0.8))
-    for (layer, positions), axis in zip(kept.items(), axes[1:], strict=False):
-        axis.imshow(_fade(picture, chosen[layer].repeat(scale, 0).repeat(scale, 1)))
-        patches = f"{int(chosen[layer].sum())} of {rows * columns} patches"
-        axis.set_title(f"layer {layer}: kept {patches}\n{_count(positions, prompt_length)}", fontsize=9)
-    if cells:
-        _draw_enlarged(parts[1], picture, list(chosen.values()), cells, scale)
-    _save(figure, path)
+    held = stats(cache)
+    n = inputs["input_ids"].shape[1]
+    layers = [None if p is None else p[0][:, p[0, 0] < n].cpu() for p in kept_tokens(cache)]
+    kinds = [layer.why_dense for layer in held.layers]
+    if any(layer.bits for layer in held.layers):
+        lines = [*lines, f"What is left out is held at {max(layer.bits for layer in held.layers)} bits."]
+    if held.bytes_on_host:
+        lines = [*lines, f"What is left out is held in host memory: {_bytes(held.bytes_on_host)}."]
+    kept = Kept(layers, kinds, held.bytes_used, held.bytes_used + held.bytes_freed)
+    figure = kept_figure(layout_of(model.config, processor, inputs, images, videos), kept, lines)
+    save(figure, Path(path))
+    return figure
 
 
-def _draw_enlarged(
-    figure: SubFigure, picture: np.ndarray, chosen: list[np.ndarray], cells: Sequence[tuple[int, int]], scale: int
-) -> None:
-    """Draw what is around each cell, and below it the same with patches paler the fewer of the layers kept them."""
-    share = np.mean(chosen, axis=0).repeat(scale, 0).repeat(scale, 1)[..., None]
-    faded = share * picture + (1 - share) * _fade(picture, np.zeros(picture.shape[:2], bool))
-    axes = figure.subplots(2, len(cells), squeeze=False)
-    for (row, column), pair in zip(cells, axes.T, strict=True):
-        side, (rows, columns) = 2 * AROUND + 1, chosen[0].shape
-        starts = (min(max(at - AROUND, 0), max(most - side, 0)) for at, most in ((column, columns), (row, rows)))
-        across, down = (slice(start * scale, (start + side) * scale) for start in starts)
-        kept = sum(layer[row, column] for layer in chosen)
-        pair[0].set_title(f"row {row + 1}, column {column + 1}", fontsize=8)
-        pair[1].set_title(f"kept by {kept} of {len(chosen)} layers", fontsize=8)
-        for axis, shown in zip(pair, (picture, faded), strict=True):
-            axis.imshow(shown[down, across])
-            axis.set_axis_off()
+def kept_figure(layout: Layout, kept: Kept, lines: Sequence[str] = (), cells: Sequence[tuple[int, int]] = ()) -> Figure:
+    """Return the picture of `draw_kept`.
 
+    Args:
+        layout: of the prompt.
+        kept: of its tokens.
+        lines: below the title.
+        cells: row and column of tokens of the first panel to enlarge.
 
-def draw_kept_strips(
-    path: Path, image: Image.Image, kept: Mapping[int, torch.Tensor], prompt_length: int, title: str = ""
-) -> None:
-    """Write a picture of the image beside one strip per layer, on which the kept prompt positions are marked.
-
-    For prompts whose image tokens are not one known rectangle of patches. Arguments as for `draw_kept_patches`.
+    Raises:
+        ValueError: no layer of which a part could be kept.
     """
-    figure = Figure(figsize=(10, max(3.0, 0.25 * len(kept) + 1)), layout="constrained")
-    figure.suptitle(title, fontsize=10, parse_math=False)  # an answer may hold dollar signs
-    left, right = figure.subplots(1, 2, width_ratios=(1, 3))
-    left.imshow(np.asarray(image.convert("RGB")))
-    left.set_axis_off()
-    marks = np.empty((len(kept), prompt_length, 3))
-    marks[:] = DROPPED_COLOUR
-    for row, positions in enumerate(kept.values()):
-        marks[row, positions.cpu().numpy()] = KEPT_COLOUR
-    right.imshow(marks, aspect="auto", interpolation="nearest")
-    labels = [f"layer {layer}: {_count(positions, prompt_length)}" for layer, positions in kept.items()]
-    right.set_yticks(range(len(kept)), labels, fontsize=7)
-    right.tick_params(axis="x", labelsize=7)
-    right.set_xlabel("position in the prompt (tokens); dark: kept", fontsize=8)
-    _save(figure, path)
+    known = {n: positions for n, positions in enumerate(kept.layers) if positions is not None}
+    if not known:
+        raise ValueError("cache: expected layers of which zipvl keeps a part, got none. See zipvl_compile.explain.")
+    panels = [layout.panels[i] for i in evenly(len(layout.panels), MOST_PANELS)] if layout.panels else []
+    layers = {list(known)[i]: known[list(known)[i]] for i in evenly(len(known), MOST_LAYERS)}
+    notes = []
+    if len(panels) < len(layout.panels):
+        kinds = "video frames" if all("frame" in panel.name for panel in layout.panels) else "images, tiles and frames"
+        notes.append(f"{len(panels)} of {len(layout.panels)} panels of {kinds} shown, evenly chosen")
+    if len(layers) < len(known) and panels:
+        notes.append(f"{len(layers)} of {len(known)} layers shown over the images, evenly chosen; the bars show all")
+    text = "; ".join(notes)
+    parts: list[Header | Views | Enlarged | Bars | Strip] = [
+        Header(_title(layout, kept, known), [*lines, text and text[0].upper() + text[1:] + "."], bool(panels))
+    ]
+    if panels:
+        parts.append(Views(panels, layers, layout.length, cells))
+    if panels and cells:
+        parts.append(Enlarged(panels[0], known, cells))
+    parts.append(Bars(layout, kept.layers, kept.kinds))
+    if layout.unplaced.numel():
+        said = "image and video tokens that each layer keeps (where they lie in the picture is not known of this model)"
+        parts.append(Strip(said, layout.unplaced, [], known, VISUAL))
+    if layout.text.numel():
+        parts.append(Strip("text tokens that each layer keeps (in blue)", layout.text, layout.words, known, TEXT))
+    figure = Figure(figsize=(WIDTH, sum(part.height for part in parts)), dpi=DOTS_PER_INCH)
+    top = 0.0
+    for part in parts:
+        part.draw(figure, top)
+        top += part.height
+    return figure
 
 
-def _panels(figure: Figure | SubFigure, count: int) -> list:
-    columns = min(count, MAX_COLUMNS)
-    axes = list(np.atleast_1d(figure.subplots(math.ceil(count / columns), columns)).flat)
-    for axis in axes:
-        axis.set_axis_off()
-    return axes
-
-
-def _fade(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Fade the pixels outside `kept` `[H, W]` of `picture` `[H, W, 3]` to a pale grey."""
-    pale = 0.8 + 0.2 * picture.mean(axis=2, keepdims=True)
-    return np.where(kept[..., None], picture, pale)
-
-
-def _count(positions: torch.Tensor, prompt_length: int) -> str:
-    return f"{positions.numel()} of {prompt_length} tokens ({positions.numel() / prompt_length:.0%})"
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, and make its folder where there is none."""
     # The Agg canvas is made here, so that no global backend is chosen and no display is needed.
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens of any script; a box is drawn
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _title(layout: Layout, kept: Kept, known: Mapping[int, torch.Tensor]) -> str:
+    share = mean(positions.shape[-1] for positions in known.values()) / layout.length
+    over = f"{len(known)} layers" if len(known) > 1 else "one layer"
+    if share == 1:
+        return f"Every layer keeps all {layout.length:,} tokens of this prompt: {_bytes(kept.bytes_used)} of KV cache"
+    less = f" ({kept.bytes_used / kept.bytes_dense:.0%})" if kept.bytes_dense else ""
+    return (
+        f"zipvl keeps {share:.0%} of this prompt's {layout.length:,} tokens (mean of {over}): "
+        f"{_bytes(kept.bytes_used)} of KV cache instead of {_bytes(kept.bytes_dense)}{less}"
+    )
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

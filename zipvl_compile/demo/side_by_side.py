@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from zipvl_compile.demo import tables
 from zipvl_compile.demo.compare import Answer, Comparison, compare, compiled_copy, reached, warm_up
-from zipvl_compile.demo.plots import draw_kept_patches, draw_kept_strips
-from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs
+from zipvl_compile.demo.layout import layout_of
+from zipvl_compile.demo.media import Video
+from zipvl_compile.demo.plots import Kept, kept_figure, save
+from zipvl_compile.demo.prompts import load, prompt_inputs
 from zipvl_compile.report.compile_report import collect, left_dense
 
 #: Repetitions for the times of a single prompt.
@@ -47,25 +49,33 @@ class Setup:
 
 
 def run_custom(
-    console: Console, setup: Setup, name: str, image: Image.Image, prompt: str, max_new_tokens: int, device: str | None
+    console: Console,
+    setup: Setup,
+    name: str,
+    images: Sequence[Image.Image],
+    prompt: str,
+    max_new_tokens: int,
+    device: str | None,
+    videos: Sequence[Video] = (),
 ) -> int:
-    """Answer one prompt about one image with any Hugging Face LVLM; return the exit code 0.
+    """Answer one prompt about images and videos with any Hugging Face LVLM; return the exit code 0.
 
     Args:
         console: where everything is printed.
         setup: see `Setup`.
         name: local folder or hub name.
-        image: RGB.
+        images: RGB.
         prompt: what to ask.
         max_new_tokens: of the answer.
         device: None takes CUDA where there is one.
+        videos: behind the images.
 
     Raises:
         ValueError: the model cannot be loaded, or zipvl does not reach its prefill.
     """
     with console.status(f"loading {name}"):
         model, processor = load(name, device)
-    inputs = prompt_inputs(processor, image, prompt, model.device)
+    inputs = prompt_inputs(processor, images, prompt, model.device, videos)
     n = inputs["input_ids"].shape[1]
     say(console, f"zipvl demo: {name} on {model.device}, a prompt of {n} tokens", "bold")
     _, result = measure(console, setup, model, processor, [inputs], [inputs] * REPEATS, max_new_tokens, dynamic=None)
@@ -76,7 +86,7 @@ def run_custom(
     console.print(tables.kept(result))
     console.print(tables.costs(result))
     answers = {label: given[0] for label, given in result.answers.items()}
-    draw(console, setup, model, processor, inputs, image, prompt, answers)
+    draw(console, setup, model, processor, inputs, images, prompt, answers, videos=videos)
     say(console, tables.won(result), "bold")
     return 0
 
@@ -148,26 +158,24 @@ def draw(
     model: Any,
     processor: Any,
     inputs: dict,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     question: str,
     answers: Mapping[str, Answer],
     cells: Sequence[tuple[int, int]] = (),
+    videos: Sequence[Video] = (),
 ) -> None:
-    """Draw what the last of the answers was given with; `cells` are to be enlarged."""
+    """Draw what the last of the answers was given with; `cells` of the first image are to be enlarged."""
     answer = list(answers.values())[-1]
-    kept = {layer: positions for layer, positions in enumerate(answer.kept) if positions is not None}
-    if not kept:
+    if all(positions is None for positions in answer.kept):
         say(console, "No layer has a cache of which zipvl could keep a part: no picture.")
         return
-    said = "".join(f"\n{name}: {given.text}" for name, given in answers.items())
-    title = f"question: {question}{said}"
-    view, grid = model_view(processor, inputs, image), patch_grid(model.config, inputs)
-    if grid is None:
-        draw_kept_strips(setup.output, view, kept, answer.prompt_length, title)
-    else:
-        where = image_positions(model.config, inputs)
-        draw_kept_patches(setup.output, view, kept, where, grid, answer.prompt_length, title, cells)
-    say(console, f"Which image patches each layer kept: {setup.output}")
+    kept = Kept(answer.kept, answer.kinds, answer.kv_used, next(iter(answers.values())).kv_used)
+    said = [f"question: {question}", *(f"{name}: {given.text}" for name, given in answers.items())]
+    if setup.options.get("groups") == "kv_head":
+        said.append("Every KV head keeps tokens of its own; those of the first head are drawn.")
+    layout = layout_of(model.config, processor, inputs, images, [video.frames for video in videos])
+    save(kept_figure(layout, kept, said, cells), setup.output)
+    say(console, f"What each layer kept of the prompt: {setup.output}")
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -36,14 +36,16 @@ def test_version():
     assert run("--version").output.strip() == f"zipvl-compile {__version__}"
 
 
-def test_explain_lists_every_layer(folder, picture):
+def test_explain_lists_every_layer_and_draws(folder, picture, tmp_path):
     words = ("--image", picture, "--prompt", "read all digits :", "--option", "min_tokens=0", "--cost")
+    words += ("--output", tmp_path / "explained.png")
     result = run("explain", folder, *words)
     assert result.exit_code == 0, result.output
     flat = " ".join(result.output.split())  # the terminal wraps lines
     assert flat.count("this prompt: dense") == LAYERS and "tokens at" in flat, "what --cost adds"
     assert f"{2 * LAYERS} attention sites rewritten, 1 dense; prompt of 261 tokens" in result.output
     assert result.output.count("rewritten") == 1 + 2 * LAYERS
+    assert Image.open(tmp_path / "explained.png").size[0] == 1200 and "explained.png" in result.output
 
 
 def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
@@ -67,16 +69,16 @@ def test_demo_compares_and_draws(folder, tmp_path, monkeypatch):
         "4 of 4 answers the same.",
     ):
         assert text in " ".join(result.output.split()), text
-    width, height = Image.open(output).size
-    assert width > height > 0  # the image and one panel per layer side by side, what is enlarged below
+    assert Image.open(output).size[0] == 1200
 
 
 def test_demo_of_another_model(folder, picture, tmp_path):
     output = tmp_path / "demo.png"
-    arguments = ("--image", picture, "--prompt", "read all digits :", "--max-new-tokens", 3, "--output", output)
+    arguments = ("--image", picture, "--image", picture, "--prompt", "read all digits :", "--max-new-tokens", 3)
+    arguments += ("--output", output)
     result = run("demo", "--model", folder, *arguments, "--inner", "eager")
     assert result.exit_code == 0, result.output
-    assert "a prompt of 261 tokens" in " ".join(result.output.split()) and output.exists()
+    assert "a prompt of 517 tokens" in " ".join(result.output.split()) and output.exists()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,9 @@ def test_demo_of_another_model(folder, picture, tmp_path):
         (("demo", "--tau", "0"), ("'tau'", "fraction in (0, 1]")),
         (("demo", "--model", "x"), ("--image",)),
         (("demo", "--image", "x.png"), ("--model",)),
+        (("demo", "--video", "x.mp4"), ("--video", "--model")),
+        (("demo", "--model", "x", "--video", "none.mp4"), ("none.mp4", "Check the path")),
+        (("explain", "x", "--output", "x.txt"), (".png", "x.txt")),
         (("demo", "--tau", "0.9", "--option", "tau=0.8"), ("'tau' twice",)),
         (("demo", "--option", "taau=0.8"), ("Did you mean 'tau'",)),
         (("demo", "--output", "x.txt"), (".png", "x.txt")),
@@ -106,6 +111,9 @@ def test_demo_of_another_model(folder, picture, tmp_path):
         "tau",
         "no-image",
         "no-model",
+        "video-no-model",
+        "no-video",
+        "explain-output",
         "twice",
         "option-name",
         "output",

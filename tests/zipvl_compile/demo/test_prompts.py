@@ -1,4 +1,4 @@
-"""Models and images from disk, the inputs of one prompt, and the image in them."""
+"""Models from disk, and the inputs of one prompt."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,8 @@ pytest.importorskip("sklearn", reason="an extra: pip install 'zipvl-compile[demo
 
 from PIL import Image
 
-from zipvl_compile.demo.prompts import image_positions, load, model_view, patch_grid, prompt_inputs, read_image
+from zipvl_compile.demo.media import Video
+from zipvl_compile.demo.prompts import image_positions, load, prompt_inputs
 from zipvl_compile.demo.tiny_lvlm.build import build_config, build_processor, word_ids
 from zipvl_compile.demo.tiny_lvlm.canvas import SMALL
 
@@ -38,14 +39,6 @@ def test_what_cannot_be_loaded_is_named(name, device, word):
         load(name, device)
 
 
-def test_images_are_read_as_rgb(picture, tmp_path):
-    assert read_image(picture).mode == "RGB"
-    (tmp_path / "text.png").write_text("no image")
-    for bad in (tmp_path / "text.png", tmp_path / "none.png"):
-        with pytest.raises(ValueError, match=f"image: expected an image file, got .*{bad.name}"):
-            read_image(bad)
-
-
 def test_the_image_token_is_put_in_front_where_it_is_missing(processor, x):
     ids = x["input_ids"]
     assert (ids == word_ids(SMALL)["<image>"]).sum() == SMALL.tokens and x["pixel_values"].shape[0] == 1
@@ -69,44 +62,44 @@ def test_a_chat_template_is_used_where_there_is_one():
 
     prompt_inputs(Chatting(), PICTURE, "what?")
     assert asked["text"] == "templated"
-    assert asked["turns"] == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    turns = asked["turns"]
+    prompt_inputs(Chatting(), [PICTURE, PICTURE], "what?")
+    assert [part["type"] for part in asked["turns"][0]["content"]] == ["image", "image", "text"]
+    assert turns == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
 
 
-def test_image_tokens_and_their_grid_are_found(x):
-    config = build_config()
-    where = image_positions(config, x)
-    assert torch.equal(where, torch.arange(1, 1 + SMALL.tokens)), "behind <bos>"
-    assert patch_grid(config, x) == (SMALL.grid, SMALL.grid)
-    assert image_positions(SimpleNamespace(), x).numel() == 0 and patch_grid(SimpleNamespace(), x) is None
+def test_image_tokens_are_found(x):
+    assert torch.equal(image_positions(build_config(), x), torch.arange(1, 1 + SMALL.tokens)), "behind <bos>"
+    assert image_positions(SimpleNamespace(), x).numel() == 0
 
 
-@pytest.mark.parametrize(
-    ("tokens", "more", "grid"),
-    [
-        (6, {"image_grid_thw": torch.tensor([[1, 4, 6]])}, (2, 3)),  # merged two by two
-        (6, {}, None),  # no square
-        (9, {}, (3, 3)),
-        (6, {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 6]])}, None),  # two images
-    ],
-)
-def test_grids(tokens, more, grid):
-    config = SimpleNamespace(image_token_id=7, vision_config=SimpleNamespace(spatial_merge_size=2))
-    assert patch_grid(config, {"input_ids": torch.tensor([[1] + [7] * tokens]), **more}) == grid
+def test_several_images_each_have_their_tokens(processor, x):
+    for text in ("read all digits :", "<image> read all digits :"):
+        several = prompt_inputs(processor, [PICTURE, PICTURE], text)
+        assert several["pixel_values"].shape[0] == 2
+        assert torch.equal(image_positions(build_config(), several), torch.arange(1, 1 + 2 * SMALL.tokens))
+    with pytest.raises(ValueError, match="prompt: expected <image> at most 1 times, once a given image, got 2"):
+        prompt_inputs(processor, PICTURE, "<image> <image> read all digits :")
 
 
-def test_the_view_of_the_model_is_the_picture_again(processor, x):
-    view = model_view(processor, x, Image.new("RGB", (3, 3)))
-    assert view.size == PICTURE.size and view.getpixel((5, 5)) == (255, 0, 64)
+def test_videos_go_to_the_processor_as_they_were_chosen(processor):
+    asked = {}
 
+    class Watching:
+        video_processor, image_token, video_token = "yes", "<image>", "<video>"
 
-def test_a_view_that_cannot_be_told_is_the_picture(processor):
-    assert model_view(processor, {"pixel_values": torch.ones(4, 6)}, PICTURE) is PICTURE
-    assert model_view(SimpleNamespace(), {}, PICTURE) is PICTURE
+        def __call__(self, **given):
+            asked.update(given)
+            return SimpleNamespace(to=lambda device: {})
 
-
-def test_a_picture_over_the_limit_of_pil_is_a_clear_error(tmp_path, monkeypatch):
-    path = tmp_path / "large.png"
-    Image.new("RGB", (40, 40)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    with pytest.raises(ValueError, match=r"image: expected at most 1400 pixels, got more in .*large\.png"):
-        read_image(path)
+    video = Video([PICTURE, PICTURE], [0, 9], 10, 5.0)
+    prompt_inputs(Watching(), [], "what?", videos=[video])
+    assert asked["text"] == "<video> what?" and "images" not in asked and asked["do_sample_frames"] is False
+    assert asked["videos"][0].shape == (2, *PICTURE.size[::-1], 3) and asked["videos"][0][1, 0, 0].tolist() == [
+        255,
+        0,
+        64,
+    ]
+    assert asked["video_metadata"] == [{"total_num_frames": 10, "fps": 5.0, "frames_indices": [0, 9]}]
+    with pytest.raises(ValueError, match="LlavaProcessor has no video processor"):
+        prompt_inputs(processor, [], "what?", videos=[video])

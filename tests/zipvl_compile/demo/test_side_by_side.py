@@ -14,6 +14,7 @@ from rich.console import Console
 
 from zipvl_compile.demo import side_by_side as demo
 from zipvl_compile.demo.compare import Answer
+from zipvl_compile.demo.media import Video
 from zipvl_compile.demo.side_by_side import Setup
 from zipvl_compile.passes.cost_model import Machine
 from zipvl_compile.report import costs
@@ -42,29 +43,36 @@ def test_a_model_of_ones_own_is_measured_and_drawn(folder, picture, tmp_path, mo
     monkeypatch.setattr(costs, "WORST_LOSS", 9.0)
     setup = Setup(inner="eager", output=tmp_path / "own.png")
     image = Image.open(picture).convert("RGB")
-    assert demo.run_custom(console, setup, str(folder), image, "read all digits :", 3, "cpu") == 0
+    assert demo.run_custom(console, setup, str(folder), [image], "read all digits :", 3, "cpu") == 0
     said = console.export_text()
-    assert "The answers are" in said and "Kept prompt tokens of zipvl" in said
+    assert "The answers " in said and "Kept prompt tokens of zipvl" in said
     assert "dense, " not in said and "chosen" not in said, "nothing about prompts left dense where none was"
     assert Image.open(tmp_path / "own.png").size[0] > 0
 
 
-@pytest.mark.parametrize("grid", [(2, 2), None], ids=["patches", "strips"])
-def test_what_is_drawn_depends_on_whether_the_grid_is_known(monkeypatch, console, grid):
+@pytest.mark.parametrize("groups", ["layer", "kv_head"])
+def test_the_last_answer_is_drawn_beside_what_dense_took(monkeypatch, console, tmp_path, groups):
     drawn = []
-    for name in ("draw_kept_patches", "draw_kept_strips"):
-        monkeypatch.setattr(demo, name, lambda *given, name=name: drawn.append((name, given)))
-    monkeypatch.setattr(demo, "patch_grid", lambda config, inputs: grid)
-    monkeypatch.setattr(demo, "image_positions", lambda config, inputs: torch.arange(1, 5))
-    monkeypatch.setattr(demo, "model_view", lambda processor, inputs, image: image)
-    answer = Answer("four", 7, [torch.tensor([0, 2]), None], 1, None, 1, 1)
-    model = torch.nn.Module()
-    model.config = None
-    answers = {"dense": dataclasses.replace(answer, text="five"), "zipvl": answer}
-    demo.draw(console, Setup(), model, None, {}, Image.new("RGB", (4, 4)), "how many?", answers, [(0, 1)])
-    ((name, given),) = drawn
-    assert name == ("draw_kept_patches" if grid else "draw_kept_strips")
-    assert list(given[2]) == [0], "layers of another kind are left out"
-    n, title = given[5:7] if grid else given[3:5]
-    assert n == 7 and title == "question: how many?\ndense: five\nzipvl: four"
-    assert not grid or given[7] == [(0, 1)]
+    monkeypatch.setattr(demo, "kept_figure", lambda *given: drawn.append(given))
+    monkeypatch.setattr(demo, "save", lambda figure, path: drawn.append(path))
+    monkeypatch.setattr(demo, "layout_of", lambda *given: drawn.append(given))
+    answer = Answer("four", 7, [torch.tensor([0, 2]), None], 1, None, 30, 40, ["full attention", "sliding window"])
+    model, frames = torch.nn.Module(), [Image.new("RGB", (2, 2))]
+    model.config = "config"
+    answers = {"dense": dataclasses.replace(answer, text="five", kv_used=70), "zipvl": answer}
+    setup = Setup({"groups": groups}, output=tmp_path / "x.png")
+    video = Video(frames, [0], 1)
+    demo.draw(console, setup, model, "processor", {}, ["image"], "how many?", answers, [(0, 1)], [video])
+    layout, (_, kept, said, cells), path = drawn
+    assert layout == ("config", "processor", {}, ["image"], [frames]) and path == tmp_path / "x.png"
+    assert kept.layers is answer.kept and kept.kinds is answer.kinds
+    assert (kept.bytes_used, kept.bytes_dense, cells) == (30, 70, [(0, 1)])
+    assert said[:3] == ["question: how many?", "dense: five", "zipvl: four"]
+    assert any("first head" in line for line in said) == (groups == "kv_head")
+    assert "x.png" in console.export_text()
+
+
+def test_without_a_layer_to_keep_a_part_of_nothing_is_drawn(console, tmp_path):
+    answers = {"zipvl": Answer("four", 7, [None], 1, None, 1, 1)}
+    demo.draw(console, Setup(output=tmp_path / "x.png"), None, None, {}, [], "how many?", answers)
+    assert "no picture" in console.export_text() and not (tmp_path / "x.png").exists()
