@@ -1,1 +1,1 @@
-"""`lmms-eval --model zipvl`: lmms-eval's own Hugging Face models, compiled for zipvl and measured; docs/evaluation.md."""
+"""`lmms-eval --model zipvl`: its own Hugging Face models, compiled for zipvl and measured; see docs/evaluation.md."""

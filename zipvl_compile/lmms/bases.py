@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-#: `model_type` of a configuration -> name in lmms-eval; those that load by a Hugging Face class and call its `generate`.
+#: `model_type` of a configuration -> name in lmms-eval; those that load a Hugging Face class and call its `generate`.
 BASES = {
     "aria": "aria",
     "fuyu": "fuyu",
@@ -56,10 +56,12 @@ def base_of(pretrained: Any, revision: str | None = None) -> str:
         )
     try:
         config, _ = PretrainedConfig.get_config_dict(pretrained, revision=revision)
+        why = "no config.json with a model_type"
     except OSError as error:
-        why = str(error).strip().partition("\n")[0].rstrip(".")
+        config, why = {}, str(error).strip().partition("\n")[0].rstrip(".")
+    if "model_type" not in config:
         raise ValueError(
             f"model_args 'pretrained': expected a folder or a name on the hub with a config.json, got {pretrained!r} "
             f"({why}). Check the path or the name."
-        ) from error
-    return BASES.get(config.get("model_type", ""), ANY)
+        )
+    return BASES.get(config["model_type"], ANY)

@@ -1,8 +1,7 @@
-"""`--model zipvl`: a model of lmms-eval, compiled for zipvl, that reports what its requests took beside the accuracy."""
+"""`--model zipvl`: a model of lmms-eval, compiled for zipvl, that says what its requests took beside the accuracy."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -117,25 +116,22 @@ def build(arguments: dict[str, Any], simple: bool) -> Any:
     return lm
 
 
-def _generated(lm: Any, answer: Callable[[list], list], asked: list, kind: str) -> list:
+def _generated(lm: Any, method: Callable[[list], list], asked: list, kind: str) -> list:
     with requests(every_model=True) as done:
-        return _measured(lm, answer, asked, kind, done)
+        return _measured(lm, method, asked, kind, done)
 
 
-def _measured(lm: Any, answer: Callable[[list], list], asked: list, kind: str, done: list[RequestStats]) -> list:
+def _measured(lm: Any, method: Callable[[list], list], asked: list, kind: str, done: list[RequestStats]) -> list:
     """Return the answers of lmms-eval's model, with what each request took; say and log the summary."""
     logged = len(get_logged_metrics_history())
-    with contextlib.ExitStack() as stack:
-        documents = stack.enter_context(documents_asked(lm, done))
-        answers = answer(asked)
+    with documents_asked(lm, done) as documents:
+        answers = method(asked)
     logger.info(text(kind, done))
     if done:
         _log(kind, done, counted=len(get_logged_metrics_history()) > logged)
     measured = documents.measured()
-    return [
-        _with_counts(kind, one, measured[request.task_name, request.doc_id])
-        for request, one in zip(asked, answers, strict=True)
-    ]
+    of = (measured[request.task_name, request.doc_id] for request in asked)
+    return [_with_counts(kind, answer, took) for answer, took in zip(answers, of, strict=True)]
 
 
 def _log(kind: str, done: Sequence[RequestStats], counted: bool) -> None:

@@ -59,7 +59,7 @@ def _now() -> float:
 
 
 class Asked:
-    """Which documents each measurement is of; stands in the place of lmms-eval's documents while they are asked for."""
+    """Which documents each measurement is of; stands in the place of lmms-eval's documents meanwhile."""
 
     def __init__(
         self, documents: Any, done: list[RequestStats], keys: tuple = (), by_index: dict | None = None
