@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import zipvl_compile
 from zipvl_compile import backend, pipeline
+from zipvl_compile.cache.hf_names import CACHE_NAME
 from zipvl_compile.demo.cli import app
 from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
 from zipvl_compile.demo.tiny_lvlm.evaluate import questions_for_demo
@@ -78,7 +79,9 @@ def _without_hub(from_pretrained: Callable[..., Any], bundled: Any) -> Callable[
 
 
 def _run(page: types.ModuleType, block: Block) -> None:
-    exec(compile(block.code, f"{block.page}:{block.line}", "exec"), vars(page))
+    """Run a block, with the name that this release of transformers has for the cache; the pages have the newest."""
+    code = re.sub(r"\bcache=", f"{CACHE_NAME}=", block.code).replace("out.cache", f"out.{CACHE_NAME}")
+    exec(compile(code, f"{block.page}:{block.line}", "exec"), vars(page))
 
 
 def _kept(out: Any) -> float:
