@@ -15,7 +15,8 @@ from support.tiny_llava import compiled, inputs, model
 from transformers import GenerationConfig, StoppingCriteria
 
 import zipvl_compile
-from zipvl_compile import RequestStats, requests, stats
+from zipvl_compile import stats
+from zipvl_compile.report.requests import RequestStats, requests
 
 PROMPT = inputs(text=20)
 LENGTH = PROMPT["input_ids"].shape[1]
