@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,9 +46,10 @@ class Decoder(nn.Module):
 
     def forward(self, embedded: Tensor, cache: DynamicCache) -> Tensor:
         """Map `[B, n, width]` to `[B, 1, width]`."""
+        x = embedded
         for layer in self.layers:
-            embedded = layer(embedded, cache)
-        return embedded[:, -1:]
+            x = layer(x, cache)
+        return x[:, -1:]
 
 
 def graphs(**options: object) -> tuple[str, str]:
@@ -91,18 +93,23 @@ def readable(code: str) -> str:
     return re.sub(r"\bs\d+\b", lambda name: symbols[name[0]], code)
 
 
+def versions() -> str:
+    """Return what names of nodes depend on."""
+    torch_version, python = torch.__version__.partition("+")[0], ".".join(map(str, sys.version_info[:2]))
+    return f"torch {torch_version}, transformers {transformers.__version__}, Python {python}."
+
+
 def page() -> str:
     """Return both graphs by default, and the later one by the paper's rule, as Markdown."""
     before, after = graphs()
     _, paper = graphs(preset="paper")
-    torch_version = torch.__version__.partition("+")[0]
     shown = (
         ("Before the passes", before),
         ("After them, with default options", after),
         ('With `preset="paper"`', paper),
     )
     parts = [f"{title}:\n\n```python\n{code}\n```\n" for title, code in shown]
-    return "\n".join([*parts, f"torch {torch_version}, transformers {transformers.__version__}."])
+    return "\n".join([*parts, versions()])
 
 
 if __name__ == "__main__":
