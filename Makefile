@@ -23,6 +23,20 @@ test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m models tests/models
 	$(BIN)/python tests/families/table.py
 
+# lmms-eval in an environment of its own, since it needs a hundred packages that nothing else here needs. PyPI's torchvision
+# is built for CUDA: beside a CPU build of torch from elsewhere it fails to load, and transformers with it, but not without
+# it; the model of these tests needs none. Writes benchmarks/results/lmms.md.
+LMMS  := build/lmms
+.PHONY: test-lmms
+$(LMMS)/venv/.installed: pyproject.toml
+	test -x $(LMMS)/venv/bin/python || $(PYTHON) -m venv $(LMMS)/venv
+	$(LMMS)/venv/bin/python -m pip install -q -e '.[lmms-eval]' pytest pytest-xdist
+	$(LMMS)/venv/bin/python -c 'import torchvision' 2>/dev/null || $(LMMS)/venv/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+test-lmms: $(LMMS)/venv/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/venv/bin/python -m pytest -q tests/lmms tests/zipvl_compile/lmms
+	HF_HUB_OFFLINE=1 $(LMMS)/venv/bin/python benchmarks/lmms_table.py
+
 # glibc gives buffers of over 32 MB back to the system at once and takes them anew, which slows long prompts; with these
 # settings it keeps them, for every variant alike.
 KEEP_MEMORY := MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184

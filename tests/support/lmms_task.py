@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, Value
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from zipvl_compile.demo.tiny_lvlm import CHECKPOINT, LARGE_CHECKPOINT
 from zipvl_compile.demo.tiny_lvlm.canvas import canvas_of
@@ -105,7 +105,7 @@ def write_tasks(folder: Path, model: Path, questions: int, choices: int, seed: i
         seed: of the questions.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    canvas = canvas_of(_config(model))
+    canvas = canvas_of(AutoConfig.from_pretrained(model))
     asked = list(questions_for_demo(questions, seed, canvas=canvas))
     chosen = list(questions_for_demo(choices, seed + 1, kinds=CHOICES, canvas=canvas))
     for name, rows, task in (("digits", asked, GENERATE), ("digits_choice", chosen, CHOOSE)):
@@ -130,20 +130,11 @@ def _doc(row: Any, choices: tuple[str, ...]) -> dict[str, Any]:
             "choices": list(choices), "gold": gold}  # fmt: skip
 
 
-def _config(model: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model)
-
-
 def main() -> None:
-    """Write a model and its tasks: `python tests/lmms/local_task.py FOLDER`, as docs/evaluation.md does."""
-    import sys
-
-    folder = Path(sys.argv[1]).resolve()
-    model = write_model(folder / "model")
-    write_tasks(folder / "tasks", model, questions=45, choices=16)
-    print(json.dumps({"model": str(model), "tasks": str(folder / "tasks")}))
+    """Write a model and its tasks: `python tests/support/lmms_task.py FOLDER [large]`."""
+    folder, large = Path(sys.argv[1]).resolve(), "large" in sys.argv[2:]
+    model = write_model(folder / "model", large)
+    write_tasks(folder / "tasks", model, questions=27 if large else 45, choices=16)
 
 
 if __name__ == "__main__":
