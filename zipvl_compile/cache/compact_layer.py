@@ -274,7 +274,7 @@ class CompactLayer(TwoBuffers, DynamicLayer):
             raise ValueError(
                 f"crop: expected a negative number of tokens to remove, got {tokens_to_remove}. Negate it."
             )
-        n = self.cumulative_length + tokens_to_remove
+        n = self.cumulative_length + int(tokens_to_remove)  # assisted decoding counts in a tensor in older releases
         if n < 0:
             raise ValueError(
                 f"crop: expected at most {self.cumulative_length} tokens to remove, got {-tokens_to_remove}. "
