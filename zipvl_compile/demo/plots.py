@@ -86,6 +86,8 @@ def draw_kept(
     n = inputs["input_ids"].shape[1]
     layers = [None if p is None else p[0][:, p[0, 0] < n].cpu() for p in kept_tokens(cache)]
     kinds = [layer.why_dense for layer in held.layers]
+    if any(one is not None and len(one) > 1 for one in layers):
+        lines = [*lines, "Every KV head keeps tokens of its own; half pale: some of the heads keep it."]
     if any(layer.bits for layer in held.layers):
         lines = [*lines, f"What is left out is held at {max(layer.bits for layer in held.layers)} bits."]
     if held.bytes_on_host:
