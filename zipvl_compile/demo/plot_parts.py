@@ -205,9 +205,9 @@ class Enlarged:
             kept = self.kept[down, across]
             axes[0].imshow(part, extent=(0, kept.shape[1], kept.shape[0], 0))
             show_kept(axes[1], part, kept)
-            axes[0].set_title(f"row {row + 1}, column {column + 1}", fontsize=8, loc="left", pad=3)
+            axes[0].set_title(f"row {row + 1}\ncolumn {column + 1}", fontsize=8, loc="left", pad=3)
             shown = round(self.kept[row, column] * self.count)
-            axes[1].set_title(f"{shown} of {self.count} layers kept it", fontsize=8, loc="left", pad=3)
+            axes[1].set_title(f"kept by\n{shown} of {self.count} layers", fontsize=8, loc="left", pad=3)
             for one in axes:
                 one.set_anchor("NW")
                 _frame(one)

@@ -89,8 +89,8 @@ def test_cells_are_enlarged_as_they_are_and_as_the_layers_kept_them():
     # Row 6, column 0 is token 55, kept by one of two layers; its surroundings end where the image does.
     figure = drawn(Enlarged(panel, {0: torch.tensor([55]), 2: torch.tensor([3])}, [(6, 0), (0, 2)]))
     shown, faded, _, above = figure.axes
-    assert shown.get_title(loc="left") == "row 7, column 1"
-    assert faded.get_title(loc="left") == above.get_title(loc="left") == "1 of 2 layers kept it"
+    assert shown.get_title(loc="left") == "row 7\ncolumn 1"
+    assert faded.get_title(loc="left") == above.get_title(loc="left") == "kept by\n1 of 2 layers"
     assert (shown.images[0].get_array() == [1, 0, 0]).all()
     corner = faded.images[0].get_array()[-1, 0]
     assert corner[0] > corner[1] > 0, "half as pale as what no layer kept"
