@@ -1,4 +1,4 @@
-"""What the site shows of files outside of docs/: parts of the README, and the figures of benchmarks/results.
+"""What the site shows of files outside of docs/: parts of the README, figures and tables of benchmarks/results.
 
 In a page, `<!-- section NAME of README.md -->` is replaced by that section, `<!-- table NAME of README.md -->` by that
 generated table. On GitHub, where nothing is replaced, such a line is invisible.
@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-FIGURES = "benchmarks/results"
+RESULTS = "benchmarks/results"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the figures."""
+    """Add figures and tables."""
     from mkdocs.structure.files import File
 
-    for path in sorted((ROOT / FIGURES).glob("*.png")):
-        files.append(File.generated(config, f"{FIGURES}/{path.name}", abs_src_path=str(path)))
+    for path in sorted((ROOT / RESULTS).glob("*.*")):
+        if path.suffix in (".png", ".md") and path.name != "README.md":
+            files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the parts, and lead links to the figures of the site."""
-    return with_parts(markdown).replace(f"](../{FIGURES}/", f"]({FIGURES}/")
+    """Fill in the parts, and lead links to where pages and results are on the site."""
+    return with_parts(markdown).replace(f"](../{RESULTS}/", f"]({RESULTS}/").replace("](../../docs/", "](../../")
 
 
 def with_parts(markdown: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ from zipvl_compile.cache.hf_names import CACHE_NAME
 from zipvl_compile.demo.cli import app
 from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
 from zipvl_compile.demo.tiny_lvlm.evaluate import questions_for_demo
+from zipvl_compile.options import ZipVLOptions
 
 NOT_RUN = {"docs/scale.md": 2}
 RUN = [page for page in PAGES if pages.blocks(page, "python")]
@@ -197,7 +199,15 @@ def _check_pytest(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
 
 
+def _check_lmms_eval(words: list[str]) -> None:
+    """Its own options are tried by `make test-lmms`; here, those of zipvl."""
+    told = dict(itertools.pairwise(words))
+    names = {one.partition("=")[0] for one in told["--model_args"].split(",")} - {"pretrained", "base", "backend"}
+    assert told["--model"] == "zipvl" and names <= set(ZipVLOptions.__dataclass_fields__)
+
+
 CHECKS = {
+    "lmms-eval": _check_lmms_eval,
     "zipvl": _check_zipvl, "make": _check_make, "python": _check_python, "pip": _check_pip, "pytest": _check_pytest,
 }  # fmt: skip
 
