@@ -89,7 +89,7 @@ def main() -> None:
     head = (
         "# By lmms-eval\n\n"
         "The bundled models, asked about handwritten digits they were not trained on, by lmms-eval's own loop and its "
-        "`llava_hf`: [how](../../docs/evaluation.md). Written by `make test-lmms`. Times are medians over the requests, "
+        "`llava_hf`: [how](../../docs/evaluation.md). Written by `make test-lmms`. Times are medians over requests, "
         "tokens and bytes are means. Prompts of 263 tokens are too short to gain time: there, options are told to "
         "compact all prompts. A request of `digits_choice` is one call of the model.\n"
     )
