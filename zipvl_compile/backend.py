@@ -11,6 +11,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions, check_fits_static_cache
 from zipvl_compile.passes.graph.graph import calls, copied, is_call
 from zipvl_compile.passes.graph.op_calls import KVViewCall
+from zipvl_compile.passes.graph.private import without_repeated_fakes
 from zipvl_compile.passes.graph.reading import example
 from zipvl_compile.passes.prefill.selection import BUDGET, LAYERS
 from zipvl_compile.per_request import budget_of_call, check_can_change
@@ -86,9 +88,9 @@ def zipvl(
         return _compile(gm, example_inputs, parsed)
     allow_data_dependent_sizes(gm.graph)
     _run_without_gradients(gm)
-    dense = GraphModule(gm, copied(gm.graph)[0])
+    dense = GraphModule(gm, copied(gm.graph))
     settings = settings_of(parsed)
-    done = rewrite(copied(gm.graph)[0], settings)  # Dynamo reads its graph once more, and knows no input of ours
+    done = rewrite(copied(gm.graph), settings)  # Dynamo reads its graph once more, and knows no input of ours
     gm.graph = done.graph
     report = record(done)
     gm.recompile()
@@ -99,7 +101,7 @@ def zipvl(
     chooses = bool(calls(gm.graph, ops.select_tokens))
     fresh = chooses and not calls(dense.graph, ops.kv_view)  # else it reads a compacted cache, which no dense code can
     budget = gm.graph.find_nodes(op="placeholder", target=BUDGET)
-    with torch.no_grad():
+    with torch.no_grad(), without_repeated_fakes() if chooses else nullcontext():
         compiled = _compile(
             gm, [*example_inputs, *map(example, budget)], parsed, _keeps_its_sizes(dense.graph, parsed.mode)
         )

@@ -1,7 +1,7 @@
 """The passes, in order: one row each, with what it needs of the rows before it and what it gives to those after it.
 
-`rewrite` matches the attention of a graph once and runs the rows. After each it checks the graph (lint); a pass that
-fails is undone and left out, with a warning, since a fault of ours must not break the user's model.
+`rewrite` matches the attention of a graph once and runs the rows. After each it checks the graph (lint). Where a pass
+fails, all of it starts anew without that pass, with a warning, since a fault of ours must not break the user's model.
 With the environment variable `ZIPVL_DUMP=DIR` it writes the graph before and after each pass as readable Python.
 """
 
@@ -22,6 +22,7 @@ from torch.fx import Graph
 
 from zipvl_compile.cache.uneven import check_layers_agree
 from zipvl_compile.callers import decoder_layers, newest_rows_read
+from zipvl_compile.dynamo import UserError
 from zipvl_compile.options import ZipVLOptions
 from zipvl_compile.passes import (
     choose_kernels,
@@ -48,6 +49,7 @@ from zipvl_compile.report.costs import DENSE_FROM, least_tokens
 
 log = logging.getLogger("zipvl_compile")
 _dumps = itertools.count()
+MATCH = "match"  # the step before the passes, among their times and faults
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Rewritten:
     """A rewritten graph.
 
     Attributes:
-        graph: the graph to compile; another object than the given one where a pass had to be undone.
+        graph: the graph to compile; another object than the given one where a pass failed.
         sites: its attentions, with what became of each.
-        seconds: taken by the matching and by each pass.
+        seconds: taken by the matching and by each pass that did not fail.
         faults: passes that failed and were left out, with their errors.
     """
 
@@ -144,36 +146,41 @@ def rewrite(graph: Graph, settings: Settings, passes: tuple[Row, ...] | None = N
     Raises:
         UnevenCacheError: the graph reads a cache that an interrupted forward left uneven.
     """
-    done = Rewritten(graph, Sites())
-    dump = _Dump()
-    _run(done, "match", _match)
-    check_layers_agree(done.sites)
-    for row in PIPELINE if passes is None else passes:
-        dump.write(done.graph, row.name, "before")
-        _run(done, row.name, lambda done, row=row: row.apply(done.graph, done.sites, settings))  # type: ignore[misc]
-        dump.write(done.graph, row.name, "after")
-    return done
+    original, faults, dump = copied(graph), dict[str, str](), _Dump()
+    while True:
+        done = Rewritten(graph, Sites(), faults=faults)
+        if _run(done, settings, PIPELINE if passes is None else passes, dump):
+            return done
+        graph = copied(original)
 
 
-def _match(done: Rewritten) -> None:
-    done.sites = match(done.graph)
-
-
-def _run(done: Rewritten, name: str, step: Callable[[Rewritten], None]) -> None:
-    """Run one step and check the graph; undo it if it fails."""
-    start = time.perf_counter()
-    graph, nodes = copied(done.graph)
-    sites = done.sites.copied(nodes)
+def _run(done: Rewritten, settings: Settings, passes: tuple[Row, ...], dump: _Dump) -> bool:
+    """Match and run the passes that have not failed, and check the graph after each; return whether none fails."""
+    name, start = MATCH, time.perf_counter()
     try:
-        step(done)
-        done.graph.lint()
+        if MATCH not in done.faults:
+            done.sites = match(done.graph)
+            done.graph.lint()
+            done.seconds[MATCH] = time.perf_counter() - start
+        check_layers_agree(done.sites)
+        for row in passes:
+            if row.name in done.faults:
+                continue
+            name, start = row.name, time.perf_counter()
+            dump.write(done.graph, name, "before")
+            row.apply(done.graph, done.sites, settings)
+            done.graph.lint()
+            done.seconds[name] = time.perf_counter() - start
+            dump.write(done.graph, name, "after")
+    except UserError:
+        raise
     except Exception as error:
-        done.graph, done.sites = graph, sites
         done.faults[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         log.warning("zipvl: the pass %s failed and was left out", name, exc_info=True)
         text = f"zipvl: the pass {name} failed and was left out ({done.faults[name]}). Please report this."
-        warnings.warn(text, UserWarning, stacklevel=2)
-    done.seconds[name] = time.perf_counter() - start
+        warnings.warn(text, UserWarning, stacklevel=3)
+        return False
+    return True
 
 
 class _Dump:

@@ -109,15 +109,15 @@ def erase_orphans(nodes: Iterable[Any]) -> None:
         todo.extend(inputs)
 
 
-def copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """Return a copy of a graph, and the copy of each of its nodes."""
+def copied(graph: Graph) -> Graph:
+    """Return a copy of a graph, with what Dynamo knows of its inputs."""
     new, nodes = Graph(), dict[Node, Node]()
     new.graph_copy(graph, nodes)
     output = graph.output_node()
     nodes[output] = new.node_copy(output, lambda node: nodes[node])
     for node in graph.find_nodes(op="placeholder"):
         copy_source(node, nodes[node])
-    return new, nodes
+    return new
 
 
 def insert_input(graph: Graph, name: str, value: Any) -> Node:

@@ -9,7 +9,8 @@ import torch
 import torch._functorch.vmap
 import torch._refs
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,7 @@ COLLECTIVES = torch.ops._c10d_functional  # between ranks, as values
 __all__ = [
     "ADD_BATCH_DIM", "COLLECTIVES", "ENTER_AUTOCAST", "EXIT_AUTOCAST", "NATIVE", "REMOVE_BATCH_DIM", "TENSOR",
     "FakeTensor", "OpOverload", "OpOverloadPacket", "copy_source", "fake_mode_of", "faking", "leaves",
+    "without_repeated_fakes",
 ]  # fmt: skip
 
 
@@ -52,6 +54,15 @@ def faking(mode: Any) -> Any:
     """
     with mode or contextlib.nullcontext(), enable_python_dispatcher():
         yield
+
+
+def without_repeated_fakes() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the inner compiler computes fake results anew, and keeps none for calls that repeat.
+
+    With sizes of its own in each layer hardly any call repeats, and keeping costs as much as computing.
+    """
+    mode = detect_fake_mode()
+    return contextlib.nullcontext() if mode is None else disable_fake_tensor_cache(mode)
 
 
 def copy_source(old: Node | None, new: Node) -> None:

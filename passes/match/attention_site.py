@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -55,15 +54,11 @@ class Attention:
 
     def as_it_stands(self) -> Attention:
         """Return the attention with what stands for its inputs after the replacements that passes made."""
-        return self.mapped(current)
-
-    def mapped(self, of: Callable[[Node], Node]) -> Attention:
-        """Return the attention with other nodes in the place of its own."""
 
         def new(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(new, value))
-            return of(value) if isinstance(value, Node) else value
+            return current(value) if isinstance(value, Node) else value
 
         return replace(self, **{one.name: new(getattr(self, one.name)) for one in fields(self)})
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.fx import Node
@@ -120,12 +119,6 @@ class Demanded:
     every: str = ""
     text: tuple[str, ...] = ()
     returned: Node | None = None
-
-    def mapped(self, of: Callable[[Node], Node]) -> Demanded:
-        """Return the same rows with other nodes in the place of its own."""
-        newest = of(self.newest) if isinstance(self.newest, Node) else self.newest
-        returned = self.returned and of(self.returned)
-        return replace(self, newest=newest, others=tuple(map(of, self.others)), returned=returned)
 
     def __str__(self) -> str:
         if self.every:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
 
-from zipvl_compile.passes.graph.graph import current
 from zipvl_compile.passes.graph.reading import is_op
 from zipvl_compile.passes.masks.mask_form import CanonicalMasks, MaskForm
 from zipvl_compile.passes.match import cache_layers, eager, left_dense, sdpa
@@ -115,30 +114,6 @@ class Sites:
     def at(self, node: Node) -> Site | None:
         """Return the site whose attention a node computes now."""
         return next((site for site in self if site.node is node), None)
-
-    def copied(self, nodes: dict[Node, Node]) -> Sites:
-        """Return the sites in a copy of their graph; `nodes` says which node is the copy of which."""
-
-        def moved(node: Node) -> Node:
-            return nodes.get(current(node), node)
-
-        def copy(site: Site) -> Site:
-            new = replace(site, attention=site.attention.mapped(moved), layer=site.layer and moved(site.layer),
-                          later_part=site.later_part and moved(site.later_part),
-                          noted=site.noted and moved(site.noted))  # fmt: skip
-            new.node, new.name = moved(site.node), site.name
-            return new
-
-        return Sites(
-            prefill=[copy(site) for site in self.prefill],
-            decode=[copy(site) for site in self.decode],
-            others=[copy(site) for site in self.others],
-            unread=self.unread,
-            near_misses=self.near_misses,
-            pruned=[*self.pruned],
-            demands=[*self.demands],
-            demanded=self.demanded.mapped(moved),
-        )
 
 
 def match(graph: Graph) -> Sites:

@@ -189,7 +189,7 @@ class EveryWay:
         with_unknown_sizes(gm)
         modules = {}
         for name, (tau, rows) in self.ways.items():
-            done = rewrite(copied(gm.graph)[0], Settings(**SELECTION | {"tau": tau}), rows)
+            done = rewrite(copied(gm.graph), Settings(**SELECTION | {"tau": tau}), rows)
             assert not done.faults, done.faults
             assert all(site.rewritten for site in done.sites.prefill) and done.sites.prefill
             modules[name], self.sites[name] = torch.fx.GraphModule(gm, done.graph), done.sites
