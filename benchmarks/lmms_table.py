@@ -94,7 +94,8 @@ def main() -> None:
         "compact all prompts. A request of `digits_choice` is one call of the model.\n"
     )
     foot = (
-        f"{count}. {about['hardware']}, load average {os.getloadavg()[2]:.1f}; lmms-eval {version('lmms-eval')}, torch {about['torch']}, transformers "
+        f"{count}. {about['hardware']}, load average {os.getloadavg()[2]:.1f}; "
+        f"lmms-eval {version('lmms-eval')}, torch {about['torch']}, transformers "
         f"{about['transformers']}; {about['date']}, commit {about['commit']}.\n"
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
