@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from zipvl_compile.demo.compare import RECOMPILE_LIMIT, compiled_copy
+from zipvl_compile.demo.compare import compiled_copy
 from zipvl_compile.demo.media import Video
 from zipvl_compile.demo.plots import draw_kept
 from zipvl_compile.report.compile_report import left_dense
@@ -44,8 +44,7 @@ def draw_explained(
         ValueError: no layer of which a part could be kept.
     """
     compiled = compiled_copy(model, options, "eager")
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        out = compiled.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True)
+    out = compiled.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True)
     dense = left_dense(site.reason for site in explanation.rows)
     prefill = [site for site in explanation.rows if site.kind == "prefill"]
     rewritten = sum(site.reason is None for site in prefill)
