@@ -129,9 +129,8 @@ def counted(report: Path) -> dict[str, Any]:
         bad = next((child for tag in ("failure", "error") for child in case.findall(tag)), None)
         left = case.find("skipped")
         if bad is not None:
-            failed[f"{case.get('classname', '').removeprefix('tests.')}.{case.get('name')}"] = cause(
-                bad.get("message") or ""
-            )
+            text = re.sub(r"(?m)^E +", "", f"{bad.get('message')}\n{bad.text}")
+            failed[f"{case.get('classname', '').removeprefix('tests.')}.{case.get('name')}"] = cause(text)
         elif left is not None:
             skipped[left.get("message") or ""] += 1
         else:
