@@ -1,6 +1,6 @@
 """Bytes that two ranks sum in one prefill under tensor parallelism, counted, and what that means for a large model.
 
-Counted: a Llama of 5 layers over two gloo ranks, every `all_reduce` of a prefill. On paper, from what each layer sums: a
+Counted: a Llama of 5 layers over two gloo ranks, every `all_reduce` of a prefill. On paper, from the sums of a layer: a
 model shaped like one of 72B over 8 GPUs, by the formula of a ring, each rank sending 2 (r - 1) / r of what is summed,
 at the bandwidth of its link alone: no latency, no overlap with computing. Its layers but the first two and the last sum
 what the last but one of the five does.
