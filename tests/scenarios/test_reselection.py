@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig
 
 import zipvl_compile
 from zipvl_compile.cache.hf_names import as_argument, cache_of
+from zipvl_compile.kernels.other_tokens import other_tokens
 from zipvl_compile.options import OptionError, ZipVLOptions
 from zipvl_compile.report import compile_report
 
@@ -108,6 +109,26 @@ def test_where_everything_is_kept_the_tokens_are_those_of_the_model(evict, batch
     said, cache, _ = greedy(f, count, ids)
     assert torch.equal(said, expected)
     assert cache.layers[0].prompt_length == 100 + 36 and cache.layers[0].cached_length == 140
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_later_turn_and_reselections_lose_no_token(batch):
+    """The first layer's keys depend on the tokens alone: in memory and on the host are those of the whole sequence."""
+    f = tiny_llama.compiled(**BOUNDED, evict="host")
+    ids, turn = tiny_llama.prompt(150, batch), tiny_llama.prompt(140, batch, seed=1)
+    said, cache, _ = greedy(f, 20, ids)
+    more, cache, held = greedy(f, 20, turn, cache)
+    whole = torch.cat([ids, said, turn, more], 1)
+    layer, n = cache.layers[0], whole.shape[1]
+    assert layer.get_seq_length() == n == 330 and layer.prompt_length == 326
+    assert held[0] == [41, 41] and layer.cached_length == 44
+    others = other_tokens(layer.positions, layer.prompt_length)
+    found = torch.zeros(batch, 2, n, 16)
+    for places, keys in ((layer.cached_positions[:, 0], layer.keys), (others[:, 0], layer.other_keys)):
+        found.scatter_(2, places[:, None, :, None].expand_as(keys), keys)
+    with torch.no_grad():
+        expected = cache_of(tiny_llama.model()(input_ids=whole, use_cache=True)).layers[0].keys
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_generate_in_every_mode():
