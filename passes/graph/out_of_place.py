@@ -60,8 +60,13 @@ def is_own(node: Node) -> bool:
 
 
 def _is_new(node: Node) -> bool:
-    """Return whether a tensor has memory of its own."""
+    """Return whether a tensor has memory of its own, or that of one that nobody reads otherwise, as `x.to(x.dtype)`."""
     if is_op(node, "getitem") and not isinstance(example(node.args[0]), torch.Tensor):
         source = node.args[0]
         return isinstance(source, Node) and node.op == "call_function" and not shared(source) and of(source) is not None
-    return of(node) is not None and not shared(node)
+    return of(node) is not None and all(_only_for(node, source) and _is_new(source) for source in shared(node))
+
+
+def _only_for(node: Node, source: Node) -> bool:
+    """Return whether a tensor is read as all of another alone."""
+    return [*source.users] == [node] and same_shape(example(source).shape, example(node).shape)

@@ -37,6 +37,17 @@ def test_a_sum_is_read_where_it_was_written():
     assert folded(f) == []
 
 
+def test_what_a_cast_returns_unchanged():
+    """As the sum of a mixture of experts."""
+
+    def f(x):
+        y = x.relu().to(x.dtype)
+        dist.all_reduce(y)
+        return (x + y,)
+
+    assert folded(f) == []
+
+
 def test_two_layers():
     def f(x):
         for _ in range(2):
@@ -55,6 +66,13 @@ def a_view(x):
     return y + 1, z + 1
 
 
+def a_cast(x):
+    y = x.relu()
+    z = y.to(x.dtype)
+    dist.all_reduce(z)
+    return y + 1, z + 1
+
+
 def an_input(x):
     dist.all_reduce(x)
     return x + 1, x.relu()
@@ -67,6 +85,6 @@ def another(x):
     return (z,)
 
 
-@pytest.mark.parametrize("function", [a_view, an_input, another])
+@pytest.mark.parametrize("function", [a_view, a_cast, an_input, another])
 def test_what_others_may_see_is_still_written(function):
     assert len(folded(function)) == 1

@@ -27,6 +27,8 @@ CASES = {
     "skipped layers": case("llava", HALF | {"policy": "skip_layers", "dense_layers": 0}, LONG, rows=True),
     "qwen2_5_vl": case("qwen2_5_vl", PAPER, PADDED),
     "internvl": case("internvl", HALF | {"policy": "paper"}, SHORT, rows=True),
+    "experts": case("mixtral", HALF | {"policy": "skip_layers", "dense_layers": 0}, {"n": 80}, rows=True),
+    "experts beside a shared one": case("llama4", HALF | {"policy": "paper"}, {"n": 80, "batch": 2}),
     "layers shared": case("llava", HALF, SHORT, LONG, how="fsdp2", late=3),
     "samples of their own": case("llava", HALF | {"policy": "paper"}, LONG, SHORT, how="ddp"),
 }
@@ -70,4 +72,6 @@ def test_sums_over_ranks_carry_the_rows_that_are_needed(found):
     """The embedding's; of a layer the output projection's and the MLP's; of the last layer both have the newest row."""
     half, skipped = found(2)[0]["internvl"], found(2)[0]["skipped layers"]
     assert half["rows"] == [half["prompt"], half["kept"][-1], half["prompt"], 1, 1]
+    experts = found(2)[0]["experts"]  # whose own sums have no axis for samples, and are not counted
+    assert experts["rows"] == [experts["prompt"], experts["kept"][-1], 1]
     assert skipped["rows"] == [skipped["prompt"], *[skipped["kept"][-1]] * 2, 1, 1]

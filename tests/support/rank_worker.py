@@ -25,7 +25,7 @@ for name in ("support", "families"):
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support import tiny_llama, tiny_models  # noqa: E402
+from support import tiny_llama, tiny_models, tiny_moe  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -54,11 +54,14 @@ class Sums(TorchDispatchMode):
 
 
 def model(family: str):
+    if family in tiny_moe.KINDS:
+        return tiny_moe.model(family)
     return tiny_llama.model(num_key_value_heads=4) if family == "llama" else tiny_models.model(family)
 
 
 def inputs(family: str, **prompt) -> dict[str, torch.Tensor]:
-    return {"input_ids": tiny_llama.prompt(**prompt)} if family == "llama" else tiny_models.inputs(family, **prompt)
+    words = family in ("llama", *tiny_moe.KINDS)
+    return {"input_ids": tiny_llama.prompt(**prompt)} if words else tiny_models.inputs(family, **prompt)
 
 
 def loaded(folder: Path, case: dict, spread: bool):

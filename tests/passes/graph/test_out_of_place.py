@@ -26,6 +26,12 @@ def twice(x):
     return y
 
 
+def by_another_name(x):
+    y = (x * 2).to(x.dtype)  # the same tensor
+    y += 1
+    return y * 3
+
+
 def of_an_input(x):
     x += 1
     return x * 2
@@ -44,6 +50,19 @@ def seen_through_a_view(x):
     return first, y
 
 
+def read_by_its_first_name(x):
+    y = x * 2
+    z = y.to(x.dtype)
+    z += 1
+    return y, z
+
+
+def an_input_by_another_name(x):
+    y = x.to(x.dtype)
+    y += 1
+    return y * 2
+
+
 def of_another_dtype(x):
     y = torch.zeros_like(x)
     y += 1
@@ -52,8 +71,14 @@ def of_another_dtype(x):
     return y, z
 
 
-OWN = {"the values of topk": top, "a mask": mask, "several in a row": twice}
-SEEN = {"an input": of_an_input, "a view": of_a_view, "a view of before": seen_through_a_view}
+OWN = {"the values of topk": top, "a mask": mask, "several in a row": twice, "another name": by_another_name}
+SEEN = {
+    "an input": of_an_input,
+    "a view": of_a_view,
+    "a view of before": seen_through_a_view,
+    "its first name": read_by_its_first_name,
+    "another name of an input": an_input_by_another_name,
+}
 
 
 def rewritten(function):
