@@ -42,7 +42,8 @@ def test_explain_lists_every_layer_and_draws(folder, picture, tmp_path):
     result = run("explain", folder, *words)
     assert result.exit_code == 0, result.output
     flat = " ".join(result.output.split())  # the terminal wraps lines
-    assert flat.count("this prompt: dense") == LAYERS and "tokens at" in flat, "what --cost adds"
+    # What --cost adds; whether a layer pays "never" is up to the machine.
+    assert flat.count("this prompt: dense") == flat.count(": pays ") == LAYERS
     assert f"{2 * LAYERS} attention sites rewritten, 1 dense; prompt of 261 tokens" in result.output
     assert result.output.count("rewritten") == 1 + 2 * LAYERS
     assert Image.open(tmp_path / "explained.png").size[0] == 1200 and "explained.png" in result.output
