@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zipvl_compile.dynamo import raise_recompile_limit_of_all
 from zipvl_compile.evaluate.flops import CountedFlops
 from zipvl_compile.evaluate.results import environment
+from zipvl_compile.report.requests import now
 
-raise_recompile_limit_of_all(64)  # many models in one process: no variant may fall back to eager mode
+raise_recompile_limit_of_all()  # many models in one process: no variant may fall back to eager mode
 RESULTS = Path(os.environ.get("ZIPVL_RESULTS", Path(__file__).parent / "results"))
 KEEP_RATIO = 0.367  # what the paper keeps on average in its efficiency figures
 #: Tokens pass the layers that do not keep them, all but the first two.
@@ -103,13 +104,9 @@ def prefill_against_bounds(
 
 def timed(run: Callable[[], object]) -> float:
     """Return how long one call takes, in seconds, with the device idle before and after."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def device_times(variants: dict[str, Callable[[], object]], rounds: int = 20, warm_up: int = 5) -> dict[str, float]:

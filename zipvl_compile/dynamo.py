@@ -189,7 +189,7 @@ def set_up_calls(least: int, changing: str) -> None:
     torch._dynamo.register_hook_for_recompile_user_context(describe)
 
 
-def raise_recompile_limit_of_all(least: int) -> None:
+def raise_recompile_limit_of_all(least: int = 64) -> None:
     """Let every call of this process, zipvl's or not, compile each code object `least` times: for fair comparisons."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, least)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,15 +18,22 @@ def model(**changes) -> LlamaForCausalLM:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    config = LlamaConfig(**usual | changes)
-    with torch.random.fork_rng(), torch.no_grad():
+    return widened(lambda: LlamaForCausalLM(LlamaConfig(**usual | changes)))
+
+
+def widened(build: Callable[[], Any]) -> Any:
+    """Return a model in eval mode that generates to the full length, with the same weights each time.
+
+    They are wider than Hugging Face's initialisation, so that attention is not uniform and tokens differ.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        built = LlamaForCausalLM(config).eval()
-        # Wider than Hugging Face's initialisation, so that attention is not uniform and tokens differ.
+        built = build().eval()
         for weight in built.parameters():
             if weight.dim() > 1:
                 weight.normal_(std=0.15)
-    built.generation_config.eos_token_id = None  # generate to the full length
+    if built.can_generate():
+        built.generation_config.eos_token_id = None
     return built
 
 

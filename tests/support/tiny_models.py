@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from families import glm_like, google, idefics_like, llava_like, llava_video_and_ocr, qwen_like, with_encoders
 from families.family import BOS, FIRST_WORD, IMAGE, PAD, VOCAB, Family
+from support.tiny_llama import widened
 from torch import Tensor
 
 FAMILIES: dict[str, Family] = (
@@ -27,15 +28,8 @@ FAMILIES: dict[str, Family] = (
 
 def model(family: str, attention: str = "sdpa") -> hf.PreTrainedModel:
     """Return the eager model in eval mode; every call gives the same weights."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        built = FAMILIES[family].build().eval()
-        # Wider than Hugging Face's initialisation, so that attention is not uniform and tokens differ.
-        for weight in built.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=0.15)
+    built = widened(FAMILIES[family].build)
     if built.can_generate():
-        built.generation_config.eos_token_id = None  # generate to the full length
         built.generation_config.pad_token_id = PAD
     if attention != "sdpa":
         built.set_attn_implementation(attention)

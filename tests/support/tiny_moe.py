@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import transformers as hf
-from support.tiny_llama import VOCAB
+from support.tiny_llama import VOCAB, widened
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,12 +24,4 @@ KINDS = {
 
 def model(kind: str) -> hf.PreTrainedModel:
     """Return the eager model in eval mode; every call gives the same weights."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        built = KINDS[kind]().eval()
-        # Wider than Hugging Face's initialisation, so that attention is not uniform and tokens differ.
-        for weight in built.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=0.15)
-    built.generation_config.eos_token_id = None  # generate to the full length
-    return built
+    return widened(KINDS[kind])

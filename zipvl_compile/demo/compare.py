@@ -21,7 +21,6 @@ from zipvl_compile.report.requests import requests
 from zipvl_compile.report.stats import stats
 
 Inputs = Mapping[str, torch.Tensor]
-RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def compiled_copy(
         inner: the compiler: "inductor", "aot_eager" or "eager".
         dynamic: of `torch.compile`.
     """
-    raise_recompile_limit_of_all(RECOMPILE_LIMIT)
+    raise_recompile_limit_of_all()
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, weights)
     if options is None:

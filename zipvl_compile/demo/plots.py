@@ -92,7 +92,7 @@ def draw_kept(
         lines = [*lines, f"What is left out is held at {max(layer.bits for layer in held.layers)} bits."]
     if held.bytes_on_host:
         lines = [*lines, f"What is left out is held in host memory: {_bytes(held.bytes_on_host)}."]
-    kept = Kept(layers, kinds, held.bytes_used, held.bytes_used + held.bytes_freed)
+    kept = Kept(layers, kinds, held.bytes_used, held.bytes_dense)
     figure = kept_figure(layout_of(model.config, processor, inputs, images, videos), kept, lines)
     save(figure, Path(path))
     return figure

@@ -22,9 +22,6 @@ from zipvl_compile.lmms.summary import Numbers, numbers, summary, text
 from zipvl_compile.lmms.watching import TimedCalls, documents_asked
 from zipvl_compile.report.requests import RequestStats, requests
 
-#: Tasks have pictures of many sizes, and PyTorch gives up after 8 compiles.
-RECOMPILE_LIMIT = 64
-
 
 class ZipVL(lmms):
     """`--model zipvl`, for chat messages where the model takes them; see docs/evaluation.md.
@@ -108,7 +105,7 @@ def build(arguments: dict[str, Any], simple: bool) -> Any:
     mixin = MeasuredModel if isinstance(getattr(base, "model", None), property) else Measured
     kind = type(f"ZipVL{base.__name__}", (mixin, base), {"__module__": base.__module__})
     lm = kind(**with_device_map(asked.others, known, int(os.environ.get("WORLD_SIZE", "1"))))
-    raise_recompile_limit_of_all(RECOMPILE_LIMIT)
+    raise_recompile_limit_of_all()  # tasks have pictures of many sizes
     if asked.backend == "zipvl":
         zipvl_compile.compile(lm.model, **asked.options)
     elif asked.backend != "none":

@@ -16,7 +16,7 @@ def numbers(one: RequestStats) -> Numbers:
     if one.decode_ms is not None:
         found["decode_ms"] = one.decode_ms
     if one.cache is not None:
-        found |= {"kv_bytes": one.cache.bytes_used, "kv_bytes_dense": one.cache.bytes_used + one.cache.bytes_freed}
+        found |= {"kv_bytes": one.cache.bytes_used, "kv_bytes_dense": one.cache.bytes_dense}
     return found | ({"batch": one.batch} if one.batch > 1 else {})
 
 

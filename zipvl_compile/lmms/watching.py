@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from zipvl_compile.cache.hf_names import cache_of
 from zipvl_compile.report.compile_report import collect
-from zipvl_compile.report.requests import RequestStats
+from zipvl_compile.report.requests import RequestStats, now
 from zipvl_compile.report.stats import stats
 
 Document = tuple[str, Any]
@@ -30,10 +27,10 @@ class TimedCalls:
         return getattr(self._model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        start = _now()
+        start = now()
         with collect() as compiled:
             out = self._model(*args, **kwargs)
-        took, cache = _now() - start, cache_of(out)
+        took, cache = now() - start, cache_of(out)
         held = stats(cache) if cache is not None and hasattr(cache, "layers") else None
         batch, length = out["logits"].shape[:2]
         self._done.append(
@@ -49,13 +46,6 @@ class TimedCalls:
             )
         )
         return out
-
-
-def _now() -> float:
-    """Return a clock in seconds, after all work queued on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Asked:

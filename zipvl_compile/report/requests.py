@@ -80,19 +80,14 @@ class RequestStats:
     def __str__(self) -> str:
         parts = [f"{self.prompt_tokens:,} prompt tokens" + (f" x {self.batch}" if self.batch > 1 else "")]
         if self.cache is not None:
-            whole = self.cache.bytes_used + self.cache.bytes_freed
-            saved = self.cache.bytes_freed / whole if whole else 0.0
-            parts += [f"{self.kept:.0%} kept", f"KV {_megabytes(self.cache.bytes_used)}, {saved:.0%} saved"]
+            saved = self.cache.bytes_freed / max(self.cache.bytes_dense, 1)
+            parts += [f"{self.kept:.0%} kept", f"KV {self.cache.bytes_used / 1e6:,.1f} MB, {saved:.0%} saved"]
         parts += [f"prefill {self.prefill_ms:.0f} ms"]
         if self.decode_ms is not None:
             parts += [f"{self.new_tokens} new tokens, {self.decode_ms:.1f} ms each"]
         parts += [f"{self.compiled} graphs compiled meanwhile"] if self.compiled else []
-        parts += [f"{count} layer{'s' * (count > 1)} dense ({reason})" for reason, count in self.dense.items()]
+        parts += [f"{count} layer{'s' * (count != 1)} dense ({reason})" for reason, count in self.dense.items()]
         return f"zipvl: {self.model}: " + "; ".join(parts)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager
@@ -100,7 +95,7 @@ def requests(*, every_model: bool = False) -> Iterator[list[RequestStats]]:
     """Collect what every `generate` of a compiled model does inside the `with` block, on this thread.
 
     Only models that generate by Hugging Face's `generate` and were compiled in place, by `model.compile` or
-    `zipvl_compile.compile`. On GPUs the first new token is waited for.
+    `zipvl_compile.compile`.
 
     Args:
         every_model: also those that zipvl has no part in, for comparisons with them.
@@ -120,8 +115,19 @@ def requests(*, every_model: bool = False) -> Iterator[list[RequestStats]]:
 
 def print_requests_if_asked() -> None:
     """Print a line to standard error for every `generate` from now on if the environment has `ZIPVL_LOG=1`."""
-    if os.environ.get("ZIPVL_LOG", "0") not in ("", "0"):
+    if _prints():
         _watch()
+
+
+def _prints() -> bool:
+    return os.environ.get("ZIPVL_LOG", "0") not in ("", "0")
+
+
+def now() -> float:
+    """Return a clock in seconds, after all work queued on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def note_graph(report: CompileReport) -> None:
@@ -138,7 +144,7 @@ def _watch() -> None:
 
     @functools.wraps(inner)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        printed = os.environ.get("ZIPVL_LOG", "0") not in ("", "0")
+        printed = _prints()
         listeners = getattr(_here, "lists", ())
         if not (printed or listeners) or getattr(_here, "ran", None) is not None:
             return inner(self, *args, **kwargs)
@@ -177,24 +183,25 @@ def _measured(call: inspect.BoundArguments, inner: Callable[..., Any]) -> tuple[
     held = stats(cache) if cache is not None and hasattr(cache, "layers") else None
     new = clock.last - clock.first + 1 if clock.times else 0
     length = max((one.length for one in held.layers), default=0) if held else 0
+    sequences = getattr(out, "sequences", out)  # a generation loop of the user's own may return what it likes
     request = RequestStats(
         model=type(model).__name__,
-        batch=(out.sequences if hasattr(out, "sequences") else out).shape[0],
+        batch=len(sequences) if isinstance(sequences, torch.Tensor) else 1,
         prompt_tokens=max(length - new + 1, 0),
         new_tokens=new,
         prefill_ms=1e3 * (clock.times[0] - clock.start) if clock.times else 0.0,
         decode_ms=1e3 * (clock.times[-1] - clock.times[0]) / (new - 1) if new > 1 else None,
         compiled=len(compiled),
-        dense=_dense(ran) if in_place_for_zipvl(model) else {},
+        dense=_dense(ran, 0 if held is None else len(held.layers)) if in_place_for_zipvl(model) else {},
         cache=held,
     )
-    return (out if wants_dict or not hasattr(out, "sequences") else out.sequences), request
+    return (out if wants_dict else sequences), request
 
 
-def _dense(ran: list[CompileReport]) -> dict[str, int]:
-    """Return how many attentions of a prompt stayed dense, by reason."""
+def _dense(ran: list[CompileReport], layers: int) -> dict[str, int]:
+    """Return how many attentions of a prompt stayed dense, by reason: of as many layers as the cache has."""
     if not any(report.sites for report in ran):
-        return {"no graph of zipvl ran: see zipvl_compile.explain": 0}
+        return {"no graph of zipvl ran, see zipvl_compile.explain": layers}
     prompts = (site for report in ran for site in report.sites if site.kind == "prefill" and not site.rewritten)
     return dict(Counter(reason for _, reason in {(site.layer, str(site.reason)): None for site in prompts}))
 
@@ -203,14 +210,11 @@ class _Clock(StoppingCriteria):
     """Writes down when each new token is there, and never stops the generation."""
 
     def __init__(self) -> None:
-        self.start, self.times = time.perf_counter(), list[float]()
+        self.start, self.times = now(), list[float]()
         self.first = self.last = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         self.last = input_ids.shape[1]
-        if not self.times:
-            self.first = self.last
-            if input_ids.is_cuda:  # later ones wait for themselves: generate asks whether all sequences have ended
-                torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
+        self.first = self.first or self.last
+        self.times.append(now())  # generate itself waits for the GPU here, to know whether all sequences have ended
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -79,6 +79,11 @@ class CacheStats:
         return sum(layer.bytes_freed for layer in self.layers)
 
     @property
+    def bytes_dense(self) -> int:
+        """Return what all tokens would take."""
+        return self.bytes_used + self.bytes_freed
+
+    @property
     def bytes_on_host(self) -> int:
         return sum(layer.bytes_on_host for layer in self.layers)
 
@@ -93,11 +98,11 @@ class CacheStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, texts, lists and dicts, as JSON takes them."""
-        totals = ("bytes_used", "bytes_allocated", "bytes_freed", "bytes_on_host", "bytes_peak")
+        totals = ("bytes_used", "bytes_allocated", "bytes_freed", "bytes_dense", "bytes_on_host", "bytes_peak")
         return {name: getattr(self, name) for name in totals} | {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
-        whole = self.bytes_used + self.bytes_freed
+        whole = self.bytes_dense
         used = f"{self.bytes_used / whole:.1%} of {whole:,} bytes" if whole else "nothing"
         head = f"zipvl: KV cache of {len(self.layers)} layers: {used} in use, {self.bytes_allocated:,} allocated"
         head += f", at most {self.bytes_peak:,} at once"
