@@ -173,18 +173,18 @@ def explain(
         console.print(explanation)
         if output is not None:
             from zipvl_compile.demo.explained import draw_explained
+            from zipvl_compile.demo.side_by_side import say
 
             with console.status("reading the prompt for the picture"):
                 draw_explained(output, explanation, loaded, processor, inputs, prompt, options, images, videos)
-            console.print(f"What each layer keeps of the prompt: {output}", markup=False, highlight=False)
+            say(console, f"What each layer keeps of the prompt: {output}", wrap=False)
         if cost:
             from zipvl_compile.report.costs import costs, prefill_speedup
 
             for line in costs(explanation, loaded.dtype, loaded.device):
                 console.print(str(line), highlight=False)
             if (speedup := prefill_speedup(loaded, explanation, loaded.dtype, loaded.device)) is not None:
-                text = f"Prefill of this prompt, all layers of the decoder: {speedup:.2f}x of dense predicted."
-                console.print(text, highlight=False)
+                console.print(f"Prefill of this prompt, all layers of the decoder: {speedup:.2f}x of dense predicted.")
 
 
 @app.command()

@@ -175,10 +175,10 @@ def draw(
         said.append("Every KV head keeps tokens of its own; those of the first head are drawn.")
     layout = layout_of(model.config, processor, inputs, images, [video.frames for video in videos])
     save(kept_figure(layout, kept, said, cells), setup.output)
-    say(console, f"What each layer kept of the prompt: {setup.output}")
+    say(console, f"What each layer kept of the prompt: {setup.output}", wrap=False)
 
 
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a text as it is."""
+def say(console: Console, text: str, style: str | None = None, wrap: bool = True) -> None:
+    """Print a text as it is; a path, on one line (`wrap=False`), can be copied and clicked."""
     # Model names and answers may hold brackets, which rich would read as markup.
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=False)
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not wrap)

@@ -66,7 +66,7 @@ def run(
         f"KL of what is chosen: {found.cost:.4f} nats (target {target}) with {found.kept:.1%} of the prompt in the "
         f"cache and {found.flops:.1%} of the prefill's FLOPs.\n"
         f'options={{"calibration": "{output}"}}   or   options={found.options}',
-        markup=False, highlight=False,
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 

@@ -165,4 +165,4 @@ def _progress(console: Console) -> Progress:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths can be copied
