@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-FIXED = float(2**40)
+from zipvl_compile.kernels.fixed_point import FIXED
 
 
 def fewest_tokens(accumulated: torch.Tensor, tau: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from zipvl_compile.kernels.fixed_point import from_fixed_point, to_fixed_point
 from zipvl_compile.passes.graph.graph import insert_call
 from zipvl_compile.passes.graph.private import COLLECTIVES
 from zipvl_compile.passes.graph.reading import arguments, example, is_op
@@ -74,10 +75,13 @@ def summed_over(node: Node) -> str | None:
     return str(given["group_name"]) if given["reduce_op"] == "sum" else None
 
 
-def insert_sum(x: Node, group: str, before: Node) -> Node:
-    """Insert the sum of a tensor over the ranks of a group before a node."""
-    parts = insert_call(before, COLLECTIVES.all_reduce, (x, "sum", group))
-    return insert_call(before, COLLECTIVES.wait_tensor, (parts,))
+def insert_sum(scores: Node, group: str, before: Node) -> Node:
+    """Insert the sum of scores, not negative, over the ranks of a group before a node: the same bits on all of them."""
+    ranks = torch.distributed.get_world_size()  # as many as the group has, or more
+    parts = insert_call(before, to_fixed_point, (scores, ranks))
+    parts = insert_call(before, COLLECTIVES.all_reduce, (parts, "sum", group))
+    sums = insert_call(before, COLLECTIVES.wait_tensor, (parts,))
+    return insert_call(before, from_fixed_point, (sums, ranks, example(scores).dtype))
 
 
 def _operator(node: Node) -> str:

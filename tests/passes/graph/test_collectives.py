@@ -48,8 +48,10 @@ def test_a_sum_that_is_inserted(mesh):
     gm = graph_of(lambda x: x + 1, X)
     add = next(node for node in gm.graph.nodes if node.op == "call_function")
     found = insert_sum(add, mesh.get_group().group_name, next(iter(add.users)))
-    assert example(found).shape == X.shape and summed_over(found.args[0]) == mesh.get_group().group_name
+    assert (example(found).shape, example(found).dtype) == (X.shape, X.dtype)
+    summed = found.args[0].args[0]
+    assert summed_over(summed) == mesh.get_group().group_name and example(summed).dtype == torch.int64
     add.replace_all_uses_with(found, delete_user_cb=lambda user: user.op == "output")
     gm.graph.lint()
     gm.recompile()
-    torch.testing.assert_close(gm(X)[0], X + 1)
+    torch.testing.assert_close(gm(X)[0], X + 1, rtol=1e-6, atol=1e-11)
