@@ -24,10 +24,7 @@ from zipvl_compile.dynamo import (
     PAST_THE_LIMIT,
     allow_data_dependent_sizes,
     backend_of_call,
-    compile_with_aot_eager,
-    compile_with_inductor,
     gradient_switches,
-    inductor_modes,
     leave_uncompiled,
     mark_address_as_fixed,
     mark_size_as_changing,
@@ -35,6 +32,7 @@ from zipvl_compile.dynamo import (
     zipvl_backend,
 )
 from zipvl_compile.gradients import gradients_matter
+from zipvl_compile.inner_compilers import compile_with_aot_eager, compile_with_inductor, inductor_modes
 from zipvl_compile.kernels.fixed_rows import into_bucket
 from zipvl_compile.kernels.ops import ops
 from zipvl_compile.options import ZipVLOptions, check_fits_static_cache

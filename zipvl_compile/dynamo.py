@@ -24,7 +24,7 @@ from torch._dynamo.exc import ShortenTraceback, SkipFrame
 from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard, TracingContext, detect_fake_mode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -226,7 +226,7 @@ def is_wrapped_for_zipvl(model: torch.nn.Module) -> bool:
     )
 
 
-# ---- Graphs, and the compilers that take them
+# ---- Graphs and their inputs
 
 
 def allow_data_dependent_sizes(graph: Graph) -> None:
@@ -253,28 +253,6 @@ def mark_size_as_changing(tensor: torch.Tensor, axis: int) -> None:
 def mark_address_as_fixed(tensor: torch.Tensor) -> None:
     """Let CUDA graphs write into a tensor in place; another tensor in its place is recorded anew, not compiled anew."""
     torch._dynamo.mark_static_address(tensor, guard=False)
-
-
-def inductor_modes() -> dict[str, dict[str, Any]]:
-    """Return the modes of `torch.compile`, each with the settings of Inductor that it stands for."""
-    from torch._inductor import list_mode_options  # takes a second, and only `inner="inductor"` needs it
-
-    return list_mode_options()
-
-
-def compile_with_inductor(
-    gm: GraphModule, example_inputs: list[Any], mode: str | None, records: bool = True
-) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor; a mode is one of `inductor_modes()`, `records`: also into CUDA graphs."""
-    from torch._inductor.compile_fx import compile_fx  # as above
-
-    patches = None if mode is None else inductor_modes()[mode] | ({} if records else {"triton.cudagraphs": False})
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-def compile_with_aot_eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Send a Dynamo graph through AOTAutograd, and run what comes out of it operator by operator."""
-    return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
 
 
 # ---- Running outside the graph

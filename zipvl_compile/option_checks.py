@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, get_args
 
-from zipvl_compile.dynamo import inductor_modes
+from zipvl_compile.inner_compilers import inductor_modes
 from zipvl_compile.passes.match.attention_site import PART_TOKENS
 from zipvl_compile.passes.policy import Score, Skip, Unselected
 from zipvl_compile.policies import names as policy_names

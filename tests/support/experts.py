@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  # defines the grouped product of any dtype
+from support.dynamo_graph import dynamo_graph
 from support.hidden_states import WIDTH
 from torch import Tensor
 
@@ -72,14 +73,7 @@ def written_out(x: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def graph_of(function, *inputs, dynamic=False):
     """Return the graph of a function, and what runs it."""
-    graphs = []
-
-    def backend(gm, _):
-        graphs.append(gm)
-        return gm.forward
-
     if dynamic:
         inputs = (inputs[0].clone(), *inputs[1:])
         torch._dynamo.mark_dynamic(inputs[0], 0)
-    torch.compile(function, backend=backend, fullgraph=True)(*inputs)
-    return graphs[0]
+    return dynamo_graph(function, *inputs, fullgraph=True)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from support.dynamo_graph import dynamo_graph
 from support.graph_modules import Small
 from torch import nn
 
@@ -99,29 +100,17 @@ def test_a_users_error_keeps_its_type_and_its_words():
     assert issubclass(dynamo.UserError, ValueError)
 
 
-def traced(f, *inputs, **given):
-    """Return the Dynamo graph of a function."""
-    graphs = []
-
-    def keep(gm, example_inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(f, backend=keep, **given)(*inputs)
-    return graphs[0]
-
-
 def test_gradient_switches_are_found():
     def f(x):
         with torch.no_grad():
             y = x * 2
         return y + x
 
-    assert [node.args for node in dynamo.gradient_switches(traced(f, torch.ones(2)).graph)] == [(False,), (True,)]
+    assert [node.args for node in dynamo.gradient_switches(dynamo_graph(f, torch.ones(2)).graph)] == [(False,), (True,)]
 
 
 def test_sizes_that_depend_on_data_are_allowed_in_one_graph_only():
-    gm, other = (traced(lambda x: x + 1, torch.ones(2, k), dynamic=True) for k in (3, 4))
+    gm, other = (dynamo_graph(lambda x: x + 1, torch.ones(2, k), dynamic=True) for k in (3, 4))
     envs = [next(n for n in g.graph.nodes).meta["example_value"] for g in (gm, other)]
     envs = [value.node.shape_env if isinstance(value, torch.SymInt) else value.fake_mode.shape_env for value in envs]
     dynamo.allow_data_dependent_sizes(gm.graph)
@@ -145,17 +134,6 @@ def test_a_size_that_changes_is_compiled_for_once(mark, compiles):
             dynamo.mark_size_as_changing(x, 1)
         f(x)
     assert count == compiles
-
-
-def test_modes_are_those_of_inductor():
-    assert {"default", "reduce-overhead", "max-autotune"} <= set(dynamo.inductor_modes())
-    assert "triton.cudagraphs" in dynamo.inductor_modes()["reduce-overhead"]
-
-
-def test_aot_eager_runs_the_graph():
-    gm, x = traced(lambda x: x * 3, torch.ones(2)), torch.tensor([1.0, 2.0])
-    (out,) = dynamo.compile_with_aot_eager(gm, [x])(x)
-    assert torch.equal(out, 3 * x)
 
 
 def test_tensors_are_real_amid_fake_ones():

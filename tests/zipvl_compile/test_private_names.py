@@ -1,4 +1,4 @@
-"""Private names of PyTorch stand in `dynamo.py`, and in the `private.py` of the passes and of the operators."""
+"""Private names of PyTorch stand in few files: of the package, of the passes and of the operators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import re
 import pytest
 from support.source_tree import ROOT, sources, tree
 
-HOMES = ("zipvl_compile/dynamo.py", "passes/graph/private.py", "kernels/common/private.py")
+HOMES = (
+    "zipvl_compile/dynamo.py",
+    "zipvl_compile/inner_compilers.py",
+    "passes/graph/private.py",
+    "kernels/common/private.py",
+)
 #: Attributes of compiled models that begin with an underscore, read from whatever object.
 OF_OBJECTS = {"_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable", "dynamo_ctx"}
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._(?!_)")
