@@ -5,11 +5,11 @@ and norms with an epsilon take it; a projection that scales each token, as dynam
 of an operation that nobody knows nothing can be said. Nor does `queries="all"` help: a query that may see none of the
 kept tokens, as the first one of a causal prompt whose first token is not kept, has a row of zeros, too.
 
-So nothing is rewritten here; a site is marked, and `sparsify_prefill` leaves its attention dense and compacts its cache
-all the same. Every row that the layer reads is then the model's own, which is sound for any function, row by row or
-not. Computing the kept rows only and giving zero to the others after the projection would need a proof that the
-projection treats each token by itself, and a guess where it ends; the row of an unselected token would be one that no
-model computes.
+So nothing is rewritten here; a site is marked, and by a rule that gives rows of zeros `sparsify_prefill` leaves its
+attention dense and compacts its cache all the same. Every row that the layer reads is then the model's own, which is
+sound for any function, row by row or not. Computing the kept rows only and giving zero to the others after the
+projection would need a proof that the projection treats each token by itself, and a guess where it ends; the row of an
+unselected token would be one that no model computes. Rules with a window need none of that: a token sees itself.
 
 Which operations may see zeros is decided by `tokenwise/zero_rows.py`. Rows that leave the graph, as at a graph break
 between an attention and its projection, count as read by something unknown.

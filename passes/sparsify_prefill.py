@@ -17,9 +17,9 @@ After:
     out             = sparse_attention(q, keys, values, positions, mask, ...)
 
 Rows that are read after the last layer (`read_demands`) are kept, on top of p, and so attend; where all are read,
-every query attends to the kept tokens. Where what reads the output cannot take rows of zeros (`keep_true_rows`), the
-attention stays as it is and only the cache is compacted. With `evict="keep"` the cache keeps its full-length nodes, and
-the attention gets gathers of its own.
+every query attends to the kept tokens. Where what reads the output cannot take rows of zeros (`keep_true_rows`) and the
+rule gives some, the attention stays as it is and only the cache is compacted. With `evict="keep"` the cache keeps its
+full-length nodes, and the attention gets gathers of its own.
 
 Where the cache holds latents (MLA), K and V are computed from them token by token: the cache keeps the latents of the
 kept tokens, and the attention reads gathers of K and V.
@@ -116,7 +116,11 @@ def dense_because(site: Site, owner: Attention, settings: Settings) -> str:
         return 'asked for by prefill="dense"'
     if not owner.reads_whole_prompt:
         return "a later part of a prompt attends to every token in memory"
-    return "" if settings.unselected == "hold" else site.needs_true_rows  # held rows are rows of the model's own
+    if settings.unselected == "hold":  # those are rows of the model's own
+        return ""
+    # A token sees itself in its window, so that no row is zero, unless a mask of its own form forbids it.
+    windowed = settings.local and (site.mask is None or not site.mask.needs_matrix)
+    return "" if windowed else site.needs_true_rows
 
 
 def rule_of(number: int, settings: Settings, demanded: Demanded) -> Settings:

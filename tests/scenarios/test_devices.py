@@ -23,6 +23,7 @@ OPTIONS = {"min_tokens": 0, "inner": "eager"}
 HALF = {"keep_ratio": 0.5}
 PROMPT = {"input_ids": tiny_llama.prompt(60)}
 SPLIT = "only the KV cache is compacted. Hooks of accelerate"
+PAPER = HALF | {"policy": "paper"}  # gives rows of zeros
 
 
 def generated(f, x=PROMPT):
@@ -86,15 +87,25 @@ HOOKED = {
 
 
 @pytest.mark.parametrize("how", HOOKED)
-def test_hooks_leave_the_prompt_dense_and_compact_its_cache(how):
+def test_hooks_change_nothing_by_the_default_rule(how):
     """They end a graph at every module, so that nobody knows what reads the rows of an attention."""
     assert torch.equal(generated(compiled(HOOKED[how](), tau=1.0)).sequences, generated(tiny_llama.model()).sequences)
     torch._dynamo.reset()
-    expected = generated(compiled(tiny_llama.model(), prefill="dense", **HALF))
+    expected = generated(compiled(tiny_llama.model(), **HALF))
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), collect() as reports:
+        warnings.filterwarnings("error", message=f"zipvl: .*{SPLIT}")
+        assert_same(generated(compiled(HOOKED[how](), **HALF)), expected)
+    assert any("every token attends to its window" in str(one) for report in reports for one in report.pruned)
+
+
+@pytest.mark.parametrize("how", HOOKED)
+def test_hooks_leave_the_prompt_dense_by_a_rule_of_zeros(how):
+    expected = generated(compiled(tiny_llama.model(), prefill="dense", **PAPER))
     torch._dynamo.reset()
     compile_report._warned.clear()
     with pytest.warns(UserWarning, match=SPLIT) as warned:
-        assert_same(generated(compiled(HOOKED[how](), **HALF)), expected)
+        assert_same(generated(compiled(HOOKED[how](), **PAPER)), expected)
     assert len([one for one in warned if SPLIT in str(one.message)]) == 1
 
 
@@ -106,14 +117,13 @@ def test_a_device_map_that_offloads_by_itself(saved, tmp_path):
     ).eval()
     assert "disk" in f.hf_device_map.values()
     f.generation_config = usual.generation_config
-    expected = generated(compiled(usual, prefill="dense", **HALF), x)
+    expected = generated(compiled(usual, **HALF), x)
     torch._dynamo.reset()
-    with pytest.warns(UserWarning, match=SPLIT):
-        assert_same(generated(compiled(f, **HALF), x), expected)
+    assert_same(generated(compiled(f, **HALF), x), expected)
 
 
 def test_explain_says_what_hooks_cost():
-    notes = zipvl_compile.explain(several_devices(), options=OPTIONS | HALF, **PROMPT).notes
+    notes = zipvl_compile.explain(several_devices(), options=OPTIONS | PAPER, **PROMPT).notes
     assert len([note for note in notes if SPLIT in note]) == 1
     assert not any(SPLIT in note for note in zipvl_compile.explain(tiny_llama.model(), options=OPTIONS, **PROMPT).notes)
 

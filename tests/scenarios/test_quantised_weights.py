@@ -1,5 +1,6 @@
 """What a user does with quantised weights and with layers that scale each token: compared with the eager model."""
 
+import functools
 import importlib.util
 
 import pytest
@@ -44,6 +45,25 @@ def quanto(weights):
     return change
 
 
+def bitsandbytes(bits, **options):
+    """Put its layers in the place of linears, as transformers does it with `load_in_4bit` and `load_in_8bit`."""
+
+    def change(decoder):
+        library = pytest.importorskip("bitsandbytes").nn
+        layer, weights = {
+            4: (library.Linear4bit, functools.partial(library.Params4bit, quant_type="nf4")),
+            8: (library.Linear8bitLt, functools.partial(library.Int8Params, has_fp16_weights=False)),
+        }[bits]
+        for parent in list(decoder.modules()):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    new = layer(linear.in_features, linear.out_features, bias=False, **options)
+                    new.weight = weights(linear.weight.data, requires_grad=False)
+                    setattr(parent, name, new.to(linear.weight.device).eval())  # `to` quantises
+
+    return change
+
+
 def per_token(decoder):
     for layer in decoder.layers:
         layer.self_attn.o_proj = PerToken(layer.self_attn.o_proj)
@@ -59,10 +79,14 @@ LAYERS = {
     "int8 dynamic, one scale": torchao(DYNAMIC, granularity=lambda q: [q.PerTensor(), q.PerRow()]),
     "quanto int8": quanto("qint8"),
     "quanto int4": quanto("qint4"),
+    "bitsandbytes nf4": bitsandbytes(4, compute_dtype=torch.float32),
+    "bitsandbytes int8": bitsandbytes(8, has_fp16_weights=False),
+    "bitsandbytes int8, outliers apart": bitsandbytes(8, has_fp16_weights=False, threshold=6.0),
     "per token": per_token,
 }
 # Their attention output is zero for tokens that are not kept; that of the others is dense, over a compacted cache.
-TAKE_ZEROS = {name for name in LAYERS if name not in ("int8 dynamic, one scale", "per token")}
+REFUSE = ("int8 dynamic, one scale", "per token", *(name for name in LAYERS if name.startswith("bitsandbytes")))
+TAKE_ZEROS = set(LAYERS) - set(REFUSE)
 
 
 UNSIGNED = "torchao.kernel.intmm._cpu_is_vnni_supported"
@@ -140,6 +164,19 @@ def test_where_the_attention_stays_dense(kind):
     assert said and all(("the attention is dense" in line) is (kind not in TAKE_ZEROS) for line in said), said
 
 
+@pytest.mark.parametrize("kind", REFUSE)
+def test_by_the_default_rule_no_row_is_zero_and_every_layer_is_sparse(kind):
+    model, x, rule = decoder(kind), prompt(), {"policy": "union", "keep_ratio": 0.4, "window": 8}
+    said = pruned(hidden, model, x, **rule)
+    assert said and all("every token attends to its window" in line for line in said)
+    found = hidden(model, x, **rule)
+    with leaving_out("keep_true_rows"):  # as where every layer takes rows of zeros
+        torch.testing.assert_close(found, hidden(model, x, **rule))
+    with torch.no_grad():
+        dense = model(x).last_hidden_state
+    assert found.isfinite().all() and not torch.allclose(found, dense, rtol=1e-3, atol=1e-3)
+
+
 def test_products_of_unsigned_numbers_stay_dense_with_the_reason(monkeypatch):
     """A row of zeros gives zero only as the difference of two numbers that nobody has proven to be equal."""
     intmm = pytest.importorskip("torchao.kernel.intmm")
@@ -187,7 +224,7 @@ def test_rows_that_are_read_are_kept_where_the_attention_stays_dense():
     f = tiny_llava.model()
     per_token(f.model.language_model)
     expected = f(**x, logits_to_keep=answers).logits
-    f.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0, "keep_ratio": 0.3})
+    f.compile(backend="zipvl", options={"inner": "eager", "min_tokens": 0, "keep_ratio": 0.3, "policy": "paper"})
     out = f(**x, logits_to_keep=answers)
     torch.testing.assert_close(out.logits, expected, atol=2e-5, rtol=1e-4)
     n = x["input_ids"].shape[1]

@@ -129,15 +129,17 @@ def test_changed_adapters_keep_what_a_model_keeps_that_is_compiled_anew():
     assert len(set(seen)) == 5, "all but merging must change the answer"
 
 
+@pytest.mark.parametrize("policy", ["union", "paper"])
 @pytest.mark.parametrize("merged", [False, True])
-def test_dora_adapters_leave_the_prompt_dense_unless_they_are_merged(merged):
+def test_dora_adapters_leave_the_prompt_dense_by_a_rule_of_zeros_unless_they_are_merged(merged, policy):
     """peft runs a function of theirs uncompiled in every projection, which ends graphs there."""
     f, other = (with_adapters(tiny_llama.model(), use_dora=True) for _ in range(2))
     if merged:
         f.merge_adapter()
     other.merge_adapter()
-    zipvl_compile.compile(f, **OPTIONS, keep_ratio=0.5)
-    zipvl_compile.compile(other, **OPTIONS, keep_ratio=0.5, prefill="sparse" if merged else "dense")
+    rule = OPTIONS | {"keep_ratio": 0.5, "policy": policy}
+    zipvl_compile.compile(f, **rule)
+    zipvl_compile.compile(other, **rule, prefill="sparse" if merged or policy == "union" else "dense")
     with collect() as reports:
         out = generate(f, PROMPT)
     expected = generate(other, PROMPT)

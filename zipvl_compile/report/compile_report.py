@@ -141,9 +141,10 @@ def split(pruned: Iterable[Pruning]) -> str | None:
     if not any(LEAVES_THE_GRAPH in reason for one in pruned for reason in one.reasons.values()):
         return None
     return (
-        "graphs end between an attention and its projection, so that prompts are attended to densely and only the KV "
-        "cache is compacted. Hooks of accelerate (a device_map over several devices, offloading) and DoRA adapters do "
-        "that: load the model onto one device, spread it with tp_plan='auto', or merge the adapters before compiling."
+        "graphs end between an attention and its projection, which this rule would give rows of zeros, so that prompts "
+        "are attended to densely and only the KV cache is compacted. Hooks of accelerate (a device_map over several "
+        "devices, offloading) and DoRA adapters do that: take the default rule, load the model onto one device, spread "
+        "it with tp_plan='auto', or merge the adapters before compiling."
     )
 
 
