@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -11,9 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from support import pages
 from support.source_tree import PACKAGE, ROOT, module_name, sources
 
 import zipvl_compile
+from zipvl_compile.demo.tiny_lvlm import CHECKPOINT
 
 HERE = Path(__file__).parent
 DIST = ROOT / "build" / "dist"
@@ -21,11 +25,11 @@ DIST = ROOT / "build" / "dist"
 QUICK = ("tests/kernels/test_select_tokens.py", "tests/test_layout.py", "tests/test_readme.py")
 
 
-def run(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command where no setting of the tests' own process reaches it."""
+def run(*command: object, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where no setting of the tests' own process reaches it, but for these."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON", "PYTHON"))}
     given = [str(part) for part in command]
-    return subprocess.run(given, cwd=folder, env=own, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(given, cwd=folder, env=own | settings, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +45,18 @@ def python(wheel) -> Path:
     installed = run(folder / "bin" / "python", "-m", "pip", "install", "-q", wheel, folder=ROOT)
     assert installed.returncode == 0, installed.stderr
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def command_line(wheel, python) -> Path:
+    """Return a folder of what the extra `cli` requires, beside the environment that has none of it."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
+    required = re.findall(r"(?m)^Requires-Dist: ([^;]+); extra == .cli.$", metadata)
+    folder = DIST / "command-line"
+    installed = run(python, "-m", "pip", "install", "-q", "--target", folder, "--upgrade", *required, folder=ROOT)
+    assert required and installed.returncode == 0, installed.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +107,30 @@ def test_without_extras_a_command_says_what_to_install(command, python, tmp_path
     assert (done.returncode, done.stdout) == (2, "")
     line = r"zipvl: the command line needs \w+, which is not installed: pip install 'zipvl-compile\[demo\]'\n"
     assert re.fullmatch(line, done.stderr), done.stderr
+
+
+@pytest.mark.dist
+def test_the_python_blocks_of_the_readme_run(python, command_line, tmp_path):
+    done = run(python, HERE / "run_readme.py", ROOT / "README.md", folder=tmp_path, PYTHONPATH=str(command_line))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("ran ") == len(pages.blocks("README.md", "python"))
+
+
+def readme_commands() -> list[str]:
+    lines = [line for block in pages.blocks("README.md", "bash") for line in block.code.splitlines()]
+    return [line for line in lines if line.startswith("zipvl ")]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_commands_of_the_readme_run(line, python, command_line, tmp_path):
+    for name in ("photo", "a", "b"):
+        Image.effect_noise((224, 224), 60).convert("RGB").save(tmp_path / f"{name}.jpg")
+    words = [str(CHECKPOINT) if word == "MODEL" else word for word in shlex.split(line, comments=True)]
+    settings = {"PYTHONPATH": str(command_line), "ZIPVL_CACHE_DIR": str(tmp_path)}
+    done = run(python.parent / words[0], *words[1:], folder=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip()
 
 
 CHECKERS = {
