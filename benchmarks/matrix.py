@@ -148,7 +148,7 @@ def page() -> str:
         "|" + "---|" * 8,
     ]  # fmt: skip
     notes = []
-    for combination, row in rows.items():
+    for combination, row in sorted(rows.items()):
         if "error" in row:
             python, torch, transformers = combination.split("/")
             table.append(f"| {python} | {torch} | {transformers or 'newest'} | | not tried: {row['error']} | | | |")
