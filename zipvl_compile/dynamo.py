@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 import torch._dynamo
@@ -25,6 +25,7 @@ from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import Graph, Node
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -216,14 +217,20 @@ def in_place_for_zipvl(model: torch.nn.Module) -> bool:
 
 
 def is_wrapped_for_zipvl(model: torch.nn.Module) -> bool:
-    """Return whether some `torch.compile(model, backend="zipvl")` wraps the module.
+    """Return whether some `torch.compile(model, backend="zipvl")`, other than a deep copy of one, wraps the module."""
+    return any(one._orig_mod is model and is_zipvl(one.dynamo_ctx.callback) for one in list(_wrappers))
 
-    Nothing leads from a module to its wrapper, so this looks through all live objects: not for every call.
-    """
-    return any(
-        type(wrapper) is OptimizedModule and wrapper._orig_mod is model and is_zipvl(wrapper.dynamo_ctx.callback)
-        for wrapper in gc.get_objects()
-    )
+
+# Nothing leads from a module to its wrapper. `torch.compile` looks up its backend, which imports this file, then wraps.
+_wrappers: WeakSet[OptimizedModule] = WeakSet()
+
+
+def _note_wrapper(module: torch.nn.Module, name: str, _: torch.nn.Module | None) -> None:
+    if type(module) is OptimizedModule and name == "_orig_mod":
+        _wrappers.add(module)
+
+
+register_module_module_registration_hook(_note_wrapper)
 
 
 # ---- Graphs and their inputs
