@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/zipvl demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # Every family of models through everything; writes docs/models.md.
 test-models: $(STAMP)

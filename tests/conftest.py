@@ -1,4 +1,4 @@
-"""How tests are spread over processes, Triton's interpreter for machines that have no GPU, and what tests share."""
+"""Triton's interpreter for machines that have no GPU, compiling faster, and what tests share."""
 
 import gc
 import os
@@ -32,13 +32,6 @@ for owner, name, value in (
     if hasattr(owner, name):
         setattr(owner, name, value)
 gc.set_threshold(100_000, 50, 50)
-
-
-def pytest_collection_modifyitems(items):
-    """A file at a time, as its fixtures want it, but families one by one."""
-    for item in items:
-        if "famil" not in item.path.name:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="module")

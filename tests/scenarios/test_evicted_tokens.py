@@ -45,8 +45,7 @@ def conversation(f, batch=1):
     return found, cache
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "inner"), [(1, "eager"), (2, "eager"), (2, "inductor")])
 def test_a_later_turn_reads_what_a_full_cache_holds(batch, inner):
     """As with `evict="keep"`, but for the two tokens between, which see the kept ones alone; so they are left out."""
     f, full = (tiny_llama.compiled(keep_ratio=0.4, evict=evict, inner=inner) for evict in ("host", "keep"))
@@ -100,8 +99,10 @@ def with_codes(full, coded):
     return full
 
 
-@pytest.mark.parametrize(("inner", "bits"), [("eager", 8), ("eager", 4), ("eager", 2), ("inductor", 4)])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "inner", "bits"),
+    [*((batch, "eager", bits) for batch in (1, 2) for bits in (8, 4, 2)), (2, "inductor", 4)],
+)
 def test_decoding_reads_kept_tokens_and_codes_in_one_softmax(batch, inner, bits):
     """As the model over a full cache whose other tokens are what the codes say; a later turn reads them, too."""
     f, full = (
