@@ -36,8 +36,14 @@ gc.set_threshold(100_000, 50, 50)
 
 @pytest.fixture(autouse=True, scope="module")
 def no_compiled_code_of_other_files():
-    """Past its recompile limit, Dynamo runs what it compiled for another test, whatever the options were there."""
+    """Past its recompile limit, Dynamo runs what it compiled for another test, whatever the options were there.
+
+    Benchmarks and evaluations raise the limits of all calls, for good.
+    """
     torch._dynamo.reset()
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with torch._dynamo.config.patch(limits):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -156,7 +156,8 @@ def weights_squared(module, query, key, value, attention_mask, scaling, **kwargs
     return (weights.pow(2) @ value).transpose(1, 2), None
 
 
-def test_warnings_become_rows_and_are_not_used_up(model, inputs):
+def test_warnings_become_rows_and_are_not_used_up(model, inputs, monkeypatch):
+    monkeypatch.setattr(report, "_warned", set())
     AttentionInterface.register("weights_squared", weights_squared)
     odd = copy.deepcopy(model)
     odd.set_attn_implementation("weights_squared")
