@@ -52,7 +52,7 @@ def command_line(wheel, python) -> Path:
     """Return a folder of what the extra `cli` requires, beside the environment that has none of it."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
-    required = re.findall(r"(?m)^Requires-Dist: ([^;]+); extra == .cli.$", metadata)
+    required = re.findall(r"(?m)^Requires-Dist: ([^;\n]+); extra == .cli.$", metadata)
     folder = DIST / "command-line"
     installed = run(python, "-m", "pip", "install", "-q", "--target", folder, "--upgrade", *required, folder=ROOT)
     assert required and installed.returncode == 0, installed.stderr
