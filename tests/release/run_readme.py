@@ -30,6 +30,7 @@ def main(readme: Path) -> None:
     text = readme.read_text()
     for found in re.finditer(r"(?ms)^```python\n(.*?)^```", text):
         page["model"] = load(CHECKPOINT)
+        page["model"].compile(backend="zipvl")  # as the first block does it
         line = text.count("\n", 0, found.start(1)) + 1
         exec(compile("\n" * (line - 1) + found[1], str(readme), "exec"), page)
         print("ran", line)
